@@ -26,6 +26,7 @@ REQUIREMENTS = [
     "typer",
     "rich",
     "safetensors",
+    "tomlkit",
     "blake3",
     "tensorboardX",
     "matplotlib",

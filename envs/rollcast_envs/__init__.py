@@ -1,0 +1,14 @@
+"""What is played: text environments for language models, registered with Gymnasium under `rollcast/`.
+
+Owns the list of built-in ids. Knows Gymnasium and numpy; nothing about tokens, engines or training.
+An installed package adds its own environments with `gymnasium.register` and the entry-point group
+`rollcast.envs`; nothing here needs to change for that.
+"""
+
+import gymnasium
+
+from rollcast_envs.text import TextEnv, TextSpace
+
+__all__ = ["TextEnv", "TextSpace"]
+
+gymnasium.register(id="rollcast/QA-v0", entry_point="rollcast_envs.tasks.qa:QAEnv")

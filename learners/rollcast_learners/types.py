@@ -55,7 +55,8 @@ class VersionSpan:
 class Completion:
     """What the engine answered to one list of token ids. Sampler -> episode.
 
-    `logprobs_T` are of the distribution sampled from (temperature applied); spans count from the first new token.
+    `logprobs_T` are of the distribution sampled from (temperature applied); spans count from the first new
+    token.
     """
 
     token_ids_T: NDArray[np.int32]
@@ -68,7 +69,8 @@ class Completion:
 class Stream:
     """Tokens in the order in which the engine saw them; only ever appended to. Episode -> collate.
 
-    `trained_T` marks the tokens the policy sampled; elsewhere `logprobs_T` is 0. Spans cover the sampled tokens.
+    `trained_T` marks the tokens the policy sampled; elsewhere `logprobs_T` is 0. Spans cover the sampled
+    tokens.
     """
 
     token_ids_T: NDArray[np.int32]
@@ -79,7 +81,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer: the sampled tokens are [start, end) of stream `stream`. Episode -> rollouts."""
+    """One question and its answer: sampled tokens [start, end) of stream `stream`. Episode -> rollouts."""
 
     stream: int
     start: int
@@ -92,10 +94,10 @@ class Turn:
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """One episode, complete even when it failed: a bad episode is data, not a crash. Worker -> buffer -> collate.
+    """One episode, complete even when it failed: a bad one is data, not a crash. Worker -> buffer -> collate.
 
-    `turns[i].reward` belongs to the last token of turn i. `error` names what went wrong; such a trajectory is counted
-    and never trained on.
+    `turns[i].reward` belongs to the last token of turn i. `error` names what went wrong; such a trajectory is
+    counted and never trained on.
     """
 
     prompt: Prompt
@@ -138,15 +140,19 @@ class TensorEntry:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Fixed tokens and the learner's log-probabilities of tokens 1..T-1 under one version. Learner -> worker."""
+    """Fixed token rows and the learner's log-probabilities of their tokens 1..L-1 under one version.
 
-    token_ids_T: NDArray[np.int32]
-    logprobs_T: NDArray[np.float32]
+    R rows of L tokens. Learner -> worker.
+    """
+
+    token_ids_RL: NDArray[np.int32]
+    logprobs_RL: NDArray[np.float32]
+    """Shape (R, L - 1)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """One published policy: policy tensors only, no value head. Learner -> store -> workers and the live policy.
+    """One published policy, without the value head. Learner -> store -> workers and the live policy.
 
     `segments` are file names below `folder` on the node `home`; each is a safetensors file of at most 1 GiB.
     """

@@ -4,7 +4,7 @@ Owns: what an engine must be able to do. Does not know any engine, any environme
 """
 
 import asyncio
-import hashlib
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,18 +32,99 @@ class Sampler(Protocol):
     version: int
 
     async def sample(self, token_ids: Sequence[int], sampling: Sampling, request_id: str) -> Completion:
-        """Continues `token_ids`. Raises `EngineDied` when the engine is lost, `ValueError` when the prompt does not
-        fit the context."""
+        """Continues `token_ids`. Raises `EngineDied` when the engine is lost, `ValueError` when the prompt
+        does not fit the context."""
 
     async def load(self, weights: Weights, folder: str) -> LoadReport:
-        """Swaps to `weights`, whose segment files lie in `folder` on this node and were validated by the caller:
-        pause (answers in flight are kept), load, label, resume. Any failure after the pause raises `EngineDied`."""
+        """Swaps to `weights`, whose segment files lie in `folder` on this node and were validated by the
+        caller: pause (answers in flight are kept), load, label, resume. Any failure after the pause raises
+        `EngineDied`."""
 
     async def logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probabilities at temperature 1 of tokens 1..T-1 given those before, with fresh KV (no prefix cache)."""
+        """Log-probabilities at temperature 1 of tokens 1..T-1 given those before, with fresh KV."""
 
     async def alive(self) -> bool:
         """Whether the engine still answers; cheap enough to ask every second."""
 
     async def close(self) -> None:
         """Ends the engine and everything it started."""
+
+
+Script = Callable[[Sequence[int], int, random.Random], list[int]]
+"""(prompt token ids, policy version, seeded random) -> the answer's token ids, without the final one."""
+
+
+def babble(token_ids: Sequence[int], version: int, draw: random.Random) -> list[int]:
+    """The default script: one to eight tokens of the prompt itself, so that any vocabulary will do."""
+    return [draw.choice(token_ids) for _ in range(draw.randint(1, 8))]
+
+
+class ScriptedSampler:
+    """An engine without a model, for machines and tests that have none: says a script, token by token.
+
+    It behaves as an engine does: answers take time, a load pauses them all and they go on under the new
+    version, and spans say which token came from which. The same request id always gets the same answer.
+    """
+
+    def __init__(
+        self,
+        eos_token_id: int,
+        script: Script = babble,
+        seconds_per_token: float = 0.0,
+        seconds_to_load: float = 0.0,
+        max_model_len: int = 512,
+    ) -> None:
+        self.version = -1
+        self.eos_token_id = eos_token_id
+        self.script = script
+        self.seconds_per_token = seconds_per_token
+        self.seconds_to_load = seconds_to_load
+        self.max_model_len = max_model_len
+        self._running = asyncio.Event()
+        self._running.set()
+
+    async def sample(self, token_ids: Sequence[int], sampling: Sampling, request_id: str) -> Completion:
+        room = min(sampling.max_new_tokens, self.max_model_len - len(token_ids))
+        if room < 1:
+            raise ValueError(
+                f"a prompt of {len(token_ids)} tokens does not fit a context of {self.max_model_len}"
+            )
+        said = [*self.script(token_ids, self.version, random.Random(request_id)), self.eos_token_id][:room]
+        versions = []
+        for _ in said:
+            await asyncio.sleep(self.seconds_per_token)
+            await self._running.wait()
+            versions.append(self.version)
+        return Completion(
+            np.array(said, np.int32),
+            np.full(len(said), -1.0, np.float32),
+            spans_of(versions),
+            "stop" if said[-1] == self.eos_token_id else "length",
+        )
+
+    async def load(self, weights: Weights, folder: str) -> LoadReport:
+        self._running.clear()
+        await asyncio.sleep(self.seconds_to_load)
+        self.version = weights.version
+        self._running.set()
+        return LoadReport(0.0, self.seconds_to_load)
+
+    async def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        return [-1.0] * (len(token_ids) - 1)
+
+    async def alive(self) -> bool:
+        return True
+
+    async def close(self) -> None:
+        """Nothing was started."""
+
+
+def spans_of(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
+    """Runs of equal versions, as spans over the tokens."""
+    spans: list[VersionSpan] = []
+    for position, version in enumerate(versions):
+        if spans and spans[-1].version == version:
+            spans[-1] = VersionSpan(version, spans[-1].start, position + 1)
+        else:
+            spans.append(VersionSpan(version, position, position + 1))
+    return tuple(spans)

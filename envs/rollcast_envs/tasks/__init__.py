@@ -1,0 +1,1 @@
+"""One file a task. Importing this package loads none of them."""

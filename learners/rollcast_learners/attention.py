@@ -1,0 +1,130 @@
+"""Attention over a packed batch, plugged into any Hugging Face model through its attention registry.
+
+Owns: which packed rows see which. Does not know the model around it, losses or devices other than by tensors.
+
+Each prefix sees itself causally; each tail sees its prefix whole and itself causally. Small families (a
+prefix and its tails) go through one masked call; large ones through one call a segment, so that no mask grows
+with the square of a family. Exact in both forms. Works without FlashAttention, on CPU and GPU.
+
+Legend: T packed rows, L rows of a query piece, K rows its keys come from, H heads, D head size.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from rollcast_learners.batch import Batch
+
+NAME = "rollcast_packed"
+LARGEST_MASKED_FAMILY = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Consecutive rows that are the queries of one attention call; `keys` are pieces, in order."""
+
+    length: int
+    keys: tuple[int, ...]
+    mask_LK: Tensor | None
+    """Added to the scores; None means plain causal over the piece itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """How one packed batch attends. Made once a micro-batch, read by every layer."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [piece.length for piece in self.pieces]
+
+
+def packing_of(batch: Batch, dtype: torch.dtype, device: torch.device) -> Packing:
+    """Turns the batch's tables into attention calls."""
+    pieces: list[Piece] = []
+    tails_of = np.split(
+        batch.tail_length_S, np.searchsorted(batch.tail_prefix_S, np.arange(1, len(batch.prefix_length_P)))
+    )
+    for prefix_length, tail_lengths in zip(batch.prefix_length_P.tolist(), tails_of, strict=True):
+        lengths = [int(n) for n in tail_lengths if n > 0]
+        if not lengths:
+            pieces.append(Piece(prefix_length, (len(pieces),), None))
+        elif prefix_length + sum(lengths) <= LARGEST_MASKED_FAMILY:
+            seen = family_mask(prefix_length, lengths)
+            pieces.append(Piece(len(seen), (len(pieces),), additive(seen, dtype, device)))
+        else:
+            pieces.extend(_large_family(len(pieces), prefix_length, lengths, dtype, device))
+    return Packing(tuple(pieces))
+
+
+def family_mask(prefix_length: int, tail_lengths: list[int]) -> NDArray[np.bool_]:
+    """Which row of a family sees which: `[prefix][tail][tail]...`, square."""
+    owner = np.repeat(np.arange(len(tail_lengths) + 1), [prefix_length, *tail_lengths])
+    rows = np.arange(len(owner))
+    same = owner[:, None] == owner[None, :]
+    mask: NDArray[np.bool_] = (same | (owner[None, :] == 0)) & (rows[:, None] >= rows[None, :])
+    return mask
+
+
+def additive(seen: NDArray[np.bool_], dtype: torch.dtype, device: torch.device) -> Tensor:
+    zeros = torch.zeros(seen.shape, dtype=dtype)
+    return zeros.masked_fill_(torch.from_numpy(~seen), float("-inf")).to(device)
+
+
+def _large_family(
+    first: int, prefix_length: int, tail_lengths: list[int], dtype: torch.dtype, device: torch.device
+) -> list[Piece]:
+    pieces = [Piece(prefix_length, (first,), None)]
+    for length in tail_lengths:
+        seen = np.tri(length, prefix_length + length, prefix_length, dtype=np.bool_)
+        pieces.append(Piece(length, (first, first + len(pieces)), additive(seen, dtype, device)))
+    return pieces
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: Packing,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls in every layer; (1, H, T, D) in, (1, T, H, D) out."""
+    lengths = packing.lengths
+    # Split and cat, not slices: the gradient of a slice is a zero tensor as large as the whole batch.
+    queries, keys, values = (tensor.split_with_sizes(lengths, 2) for tensor in (query, key, value))
+    shared = query.shape[1] != key.shape[1]
+    outputs = []
+    for piece, q in zip(packing.pieces, queries, strict=True):
+        k = torch.cat([keys[i] for i in piece.keys], dim=2) if len(piece.keys) > 1 else keys[piece.keys[0]]
+        v = (
+            torch.cat([values[i] for i in piece.keys], dim=2)
+            if len(piece.keys) > 1
+            else values[piece.keys[0]]
+        )
+        outputs.append(
+            scaled_dot_product_attention(
+                q, k, v, piece.mask_LK, is_causal=piece.mask_LK is None, scale=scaling, enable_gqa=shared
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _no_mask(*_: object, **__: object) -> None:
+    """transformers asks for a mask by the attention's name; the packing carries its own."""
+
+
+def register() -> str:
+    """Makes the attention known to transformers and returns its name for `attn_implementation=`."""
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+    return NAME

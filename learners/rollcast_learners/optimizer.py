@@ -1,0 +1,99 @@
+"""AdamW over float32 master weights, with every gradient in one flat buffer.
+
+Owns: master weights, the gradient buffer, learning rates and their schedule. Does not know losses, batches or
+how many learners there are: `reduce` is handed in.
+
+One flat buffer means one all-reduce an optimiser step carries gradients, token count and finite flag
+together, and one norm needs one host synchronisation.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rollcast_learners.policy import Policy
+from rollcast_learners.settings import LearnerSettings
+
+Reduce = Callable[[Tensor], None]
+"""Sums a tensor over all learners, in place."""
+
+
+def rate_factor(settings: LearnerSettings, step: int, total_steps: int) -> float:
+    """What both learning rates are multiplied with in `step` (counted from 0)."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(total_steps - settings.warmup_steps, 1)
+    done = min(done, 1.0)
+    if settings.lr_schedule == "linear":
+        return 1.0 - done
+    if settings.lr_schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+    return 1.0
+
+
+class MasterAdamW:
+    """Accumulates gradients in float32, steps the masters, copies them to the policy in its own dtype."""
+
+    def __init__(self, policy: Policy, settings: LearnerSettings) -> None:
+        named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+        self.names = [name for name, _ in named]
+        self.parameters = [p for _, p in named]
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
+        count = sum(p.numel() for p in self.parameters)
+        self.flat = torch.zeros(count + 1, device=policy.device)
+        views = self.flat[:count].split_with_sizes([p.numel() for p in self.parameters])
+        self.grads = [view.view_as(p) for view, p in zip(views, self.parameters, strict=True)]
+        heads = [m for n, m in zip(self.names, self.masters, strict=True) if n.startswith("value_head.")]
+        trunk = [m for n, m in zip(self.names, self.masters, strict=True) if not n.startswith("value_head.")]
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": trunk, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
+                {"params": heads, "lr": settings.value_learning_rate, "weight_decay": 0.0},
+            ],
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        self.base_rates = (settings.learning_rate, settings.value_learning_rate)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all gradients."""
+        self.flat.zero_()
+        for parameter, master, grad in zip(self.parameters, self.masters, self.grads, strict=True):
+            parameter.grad = None
+            master.grad = grad
+
+    def accumulate(self, tokens: int) -> None:
+        """Adds what the last backward pass left on the policy, a sum over `tokens` trained tokens."""
+        for parameter, master, grad in zip(self.parameters, self.masters, self.grads, strict=True):
+            if parameter is not master and parameter.grad is not None:
+                grad.add_(parameter.grad)
+                parameter.grad = None
+        self.flat[-1] += tokens
+
+    def reduce(self, reduce: Reduce) -> tuple[float, float]:
+        """Sums over the learners, divides by the tokens; returns (gradient norm, tokens). NaN if any was."""
+        reduce(self.flat)
+        tokens = self.flat[-1].clone()
+        self.flat[:-1].div_(tokens.clamp(min=1.0))
+        norm, count = torch.stack([torch.linalg.vector_norm(self.flat[:-1]), tokens]).tolist()
+        return norm, count
+
+    def step(self, norm: float, grad_clip: float, rate_factor: float, critic_only: bool = False) -> None:
+        """Clips and steps; with `critic_only` the language model stays as it is, weight decay included."""
+        if norm > grad_clip:
+            self.flat[:-1].mul_(grad_clip / norm)
+        trunk_rate, head_rate = self.base_rates
+        rates = (0.0 if critic_only else trunk_rate * rate_factor, head_rate * rate_factor)
+        for group, rate in zip(self.adamw.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.adamw.step()
+        self.copy_to_policy()
+
+    @torch.no_grad()
+    def copy_to_policy(self) -> None:
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter is not master:
+                parameter.copy_(master)

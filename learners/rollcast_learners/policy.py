@@ -1,0 +1,172 @@
+"""The policy: a Hugging Face causal language model with a value head on its trunk.
+
+Owns: loading a model, the packed forward pass, and which tensors a published policy consists of. Does not
+know losses, advantages, optimisers or Ray.
+
+Legend: T packed rows, N trained tokens, V vocabulary, D hidden.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rollcast_learners import attention
+from rollcast_learners.batch import NO_ROW, Batch
+from rollcast_learners.head import logprobs_and_entropy
+
+Critic = Literal["head", "none"]
+
+# Models that change the logits after the head's matrix product need a head of their own here.
+LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """Which model, and what is put on top of it. Config -> policy."""
+
+    path: str
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    critic: Critic = "head"
+    trust_remote_code: bool = False
+
+
+class Outputs(NamedTuple):
+    """One forward pass over a batch: what the losses need, and nothing of the size of the vocabulary."""
+
+    logprobs_N: Tensor
+    entropy_N: Tensor
+    values_N: Tensor
+    bootstrap_E: Tensor
+    """Value after the last token of each truncated episode, else 0."""
+
+
+class Policy(nn.Module):
+    """`lm` in the compute dtype, and a value head in float32 that starts at zero.
+
+    Raises `ValueError` for a model whose logits are not simply hidden states times the output embedding.
+    """
+
+    def __init__(self, settings: PolicySettings) -> None:
+        super().__init__()
+        self.settings = settings
+        config = AutoConfig.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
+        _refuse_changed_logits(config, settings.path)
+        self.lm = AutoModelForCausalLM.from_pretrained(
+            settings.path,
+            config=config,
+            dtype=getattr(torch, settings.dtype),
+            attn_implementation=attention.register(),
+            trust_remote_code=settings.trust_remote_code,
+            use_safetensors=True,
+        )
+        self.lm.config.use_cache = False
+        self.value_head = nn.Linear(config.hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.value_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head_weight_VD.dtype
+
+    @property
+    def head_weight_VD(self) -> Tensor:
+        weight: Tensor = self.lm.get_output_embeddings().weight
+        return weight
+
+    @property
+    def has_values(self) -> bool:
+        return self.settings.critic == "head"
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states of all packed rows, (T, D)."""
+        trunk: nn.Module = self.lm.base_model
+        output = trunk(
+            input_ids=self._tensor(batch.tokens_T).unsqueeze(0),
+            position_ids=self._tensor(batch.positions_T).unsqueeze(0),
+            use_cache=False,
+            packing=attention.packing_of(batch, self.dtype, self.device),
+        )
+        hidden_TD: Tensor = output.last_hidden_state[0]
+        return hidden_TD
+
+    def forward(self, batch: Batch, temperature: float = 1.0, trunk_gradient: bool = True) -> Outputs:
+        """Log-probabilities, entropies and values of the trained tokens: no head sees any other row.
+
+        With `trunk_gradient=False` only the value head learns from what is returned (critic warm-up).
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trunk_gradient):
+            hidden_TD = self.hidden(batch)
+            rows_ND = hidden_TD.index_select(0, self._tensor(batch.row_N))
+            logprobs_N, entropy_N = logprobs_and_entropy(
+                rows_ND, self.head_weight_VD, self._tensor(batch.target_N), temperature
+            )
+        return Outputs(logprobs_N, entropy_N, self.values(rows_ND), self._bootstrap(hidden_TD, batch))
+
+    def values(self, rows_ND: Tensor) -> Tensor:
+        """The seam for critics: values of the states before each trained token, float32."""
+        if not self.has_values:
+            return rows_ND.new_zeros(len(rows_ND), dtype=torch.float32)
+        values_N: Tensor = self.value_head(rows_ND.float()).squeeze(-1)
+        return values_N
+
+    def score_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Values of the trained tokens and of the truncated ends, without the head's log-probabilities."""
+        hidden_TD = self.hidden(batch)
+        return self.values(hidden_TD.index_select(0, self._tensor(batch.row_N))), self._bootstrap(
+            hidden_TD, batch
+        )
+
+    def _bootstrap(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
+        """No gradient: the bootstrap is a target, not a prediction."""
+        known = torch.from_numpy(batch.bootstrap_row_E != NO_ROW).to(self.device)
+        if not bool((batch.bootstrap_row_E != NO_ROW).any()):
+            return torch.zeros(batch.episodes, device=self.device)
+        with torch.no_grad():
+            rows = self._tensor(batch.bootstrap_row_E).clamp(min=0)
+            return torch.where(known, self.values(hidden_TD.index_select(0, rows)), 0.0)
+
+    def score_tokens(self, token_ids_T: Tensor) -> Tensor:
+        """Log-probabilities of tokens 1..T-1 of one sequence at temperature 1: the probe's reference."""
+        packing = attention.Packing((attention.Piece(len(token_ids_T), (0,), None),))
+        with torch.no_grad():
+            positions = torch.arange(len(token_ids_T), device=self.device)
+            output = self.lm.base_model(
+                input_ids=token_ids_T.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                use_cache=False,
+                packing=packing,
+            )
+            logprobs_T, _ = logprobs_and_entropy(
+                output.last_hidden_state[0, :-1], self.head_weight_VD, token_ids_T[1:]
+            )
+        return logprobs_T
+
+    def published(self) -> Iterator[tuple[str, Tensor]]:
+        """Named tensors of the language model, each stored tensor once (a tied head is the embedding)."""
+        seen: set[int] = set()
+        for name, tensor in self.lm.named_parameters():
+            if tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                yield name, tensor.detach()
+
+    def _tensor(self, column: NDArray[np.int32]) -> Tensor:
+        return torch.from_numpy(column.astype(np.int64)).to(self.device, non_blocking=True)
+
+
+def _refuse_changed_logits(config: Any, path: str) -> None:
+    changed = [name for name in LOGIT_CHANGES if getattr(config, name, None) not in (None, 1.0)]
+    if changed:
+        raise ValueError(
+            f"model {path!r} sets {changed[0]}={getattr(config, changed[0])}: its logits are not "
+            "hidden x embedding, which the learner's head computes. Choose a model without it."
+        )

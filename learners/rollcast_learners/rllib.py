@@ -1,0 +1,279 @@
+"""RLlib runs the learner: `TorchRLModule`, `TorchLearner` and `LearnerGroup` around `PPOLearner`.
+
+Owns: how RLlib's classes are used, and which of its defaults are switched off. The only file of this package
+that knows Ray. Does not know where batches come from or where weights go.
+
+RLlib's rules here: one opaque batch per learner through `batches=`, because its iterators slice every column
+at one index; `num_epochs=1` and no `minibatch_size`, because epochs and minibatches are ours; no DDP wrapper,
+because one all-reduce an optimiser step carries everything; no `get_weights` and no `save_to_path`, which
+fail on bfloat16.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import gymnasium
+import numpy as np
+import torch
+import torch.distributed
+from numpy.typing import NDArray
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.learner.learner_group import LearnerGroup
+from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
+from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
+from torch import Tensor
+
+from rollcast_learners import state
+from rollcast_learners.arena import Arena, policy_specs
+from rollcast_learners.batch import Batch
+from rollcast_learners.policy import Outputs, Policy, PolicySettings
+from rollcast_learners.ppo import PPOLearner, StepResult
+from rollcast_learners.settings import KLSettings, LearnerSettings
+from rollcast_learners.types import Probe, TensorEntry
+
+PACKED = "packed"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """Everything a learner process is built from. Trainer -> learner."""
+
+    policy: PolicySettings
+    learner: LearnerSettings
+    kl: KLSettings
+    temperature: float
+    total_steps: int
+    seed: int
+
+
+class LMModule(TorchRLModule, ValueFunctionAPI):
+    """The policy as RLlib sees it: a batch is the opaque packed one."""
+
+    def setup(self) -> None:
+        self.policy = Policy(self.model_config["policy"])
+
+    def _forward(self, batch: dict[str, Any], **_: Any) -> dict[str, Tensor]:
+        outputs: Outputs = self.policy(opaque(batch))
+        return outputs._asdict()
+
+    def compute_values(self, batch: dict[str, Any], embeddings: Any = None) -> Tensor:
+        return self.policy.score_values(opaque(batch))[0]
+
+
+class LMConfig(AlgorithmConfig):
+    """An algorithm config that only carries the learner's spec; RLlib's own training settings stay unused."""
+
+    spec: LearnerSpec
+
+    def get_default_rl_module_spec(self) -> RLModuleSpec:
+        space = gymnasium.spaces.Text(1)  # Read by nobody: no catalog is built.
+        return RLModuleSpec(LMModule, space, space, model_config={"policy": self.spec.policy})
+
+    def get_default_learner_class(self) -> type[TorchLearner]:
+        return LMLearner
+
+
+class LMLearner(TorchLearner):
+    """`PPOLearner` inside RLlib's learner process."""
+
+    # RLlib's abstract hook for a loss on its own forward pass; our `_update` makes the whole step.
+    compute_loss_for_module: Any = None
+
+    def __init__(self, *, config: LMConfig, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
+        self.spec = config.spec
+        self.arena: Arena | None = None
+        self.result: StepResult | None = None
+
+    def build(self) -> None:
+        if self.config.num_learners > 0 and self.config.num_gpus_per_learner == 0:
+            torch.set_num_threads(self.spec.learner.cpus_per_learner)
+        super().build()
+        policy: Policy = self.module[DEFAULT_MODULE_ID].policy
+        reference = None
+        if self.spec.kl.kind != "none":
+            reference = Policy(self.spec.policy).to(policy.device).requires_grad_(False)
+        self.ppo = PPOLearner(
+            policy,
+            self.spec.learner,
+            self.spec.kl,
+            temperature=self.spec.temperature,
+            total_steps=self.spec.total_steps,
+            seed=self.spec.seed,
+            reference=reference,
+            reduce=self._sum_over_learners,
+        )
+
+    def configure_optimizers(self) -> None:
+        """None of RLlib's: `PPOLearner` owns the optimiser, over float32 masters that RLlib does not know."""
+
+    def _make_modules_ddp_if_necessary(self) -> None:
+        """Never: see the module's docstring."""
+
+    def _sum_over_learners(self, tensor: Tensor) -> None:
+        if self.config.num_learners > 1:
+            moved = tensor.to(self.ppo.policy.device)  # NCCL sums nothing but what lies on its own GPU.
+            torch.distributed.all_reduce(moved)
+            if moved is not tensor:
+                tensor.copy_(moved)
+
+    def _update(
+        self, batch: dict[str, Any], **_: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        self.result = self.ppo.step(opaque(batch[DEFAULT_MODULE_ID]))
+        return {}, {}, {}
+
+
+def opaque(batch: dict[str, Any]) -> Batch:
+    """The packed batch out of the one-element column that RLlib carries it in."""
+    packed: Batch = batch[PACKED][0]
+    return packed
+
+
+def wrap(batch: Batch) -> MultiAgentBatch:
+    """A packed batch in the clothes RLlib wants: an object column is the only kind it leaves alone."""
+    column = np.empty(1, object)
+    column[0] = batch
+    return MultiAgentBatch(
+        {DEFAULT_MODULE_ID: SampleBatch({PACKED: column})}, env_steps=max(batch.trained_tokens, 1)
+    )
+
+
+class Learners:
+    """RLlib's learner group with 0 (in this process), 1 or N learners."""
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        settings = spec.learner
+        config = (
+            LMConfig()
+            .framework("torch")
+            .api_stack(enable_rl_module_and_learner=True, enable_env_runner_and_connector_v2=True)
+            .learners(
+                num_learners=settings.num_learners,
+                num_cpus_per_learner=settings.cpus_per_learner,
+                num_gpus_per_learner=settings.gpus_per_learner,
+                num_aggregator_actors_per_learner=0,
+                learner_class=LMLearner,
+            )
+        )
+        config.spec = spec
+        self.count = max(settings.num_learners, 1)
+        self.group = LearnerGroup(config=config, module_spec=config.get_default_rl_module_spec())
+
+    def step(self, batch: Batch) -> StepResult:
+        """One learning step over all learners; blocks until it is done."""
+        shares = [batch] if self.count == 1 else batch.shares(self.count)
+        if self.group.is_remote:
+            self.group.update(batches=[wrap(share) for share in shares])
+        else:
+            self.group.update(batch=wrap(batch))
+        return self._each(_take_result)[0]
+
+    def publish(
+        self, version: int, folder: str, retire: list[int], digest: bool = True
+    ) -> tuple[tuple[str, ...], tuple[TensorEntry, ...]]:
+        """The first learner writes its policy into `folder` on its node; nobody reads those in `retire`."""
+        return self._first(_publish, version=version, folder=folder, retire=retire, digest=digest)
+
+    def probe(self, token_ids_RL: NDArray[np.int32]) -> Probe:
+        return self._first(_probe, token_ids_RL=token_ids_RL)
+
+    def save(self, folder: Path) -> None:
+        self._first(_save, folder=str(folder))
+
+    def load(self, folder: Path) -> None:
+        self._each(_load, folder=str(folder))
+
+    def node(self) -> str:
+        """The Ray node of the first learner: where it writes what it publishes."""
+        return self._first(_node)
+
+    def cpu_seconds(self) -> float:
+        return sum(self._each(_cpu_seconds))
+
+    def close(self) -> None:
+        self._first(_close_arena)
+        self.group.shutdown()
+
+    def _first(self, function: Callable[..., T], **kwargs: Any) -> T:
+        ids = [0] if self.group.is_remote else None
+        value: T = self._values(self.group.foreach_learner(function, remote_actor_ids=ids, **kwargs))[0]
+        return value
+
+    def _each(self, function: Callable[..., T], **kwargs: Any) -> list[T]:
+        return self._values(self.group.foreach_learner(function, **kwargs))
+
+    @staticmethod
+    def _values(results: Any) -> list[Any]:
+        values = []
+        for result in results:
+            value = result.get()
+            if not result.ok:
+                raise value
+            values.append(value)
+        if not values:
+            raise LearnerLost("the learner process is gone")
+        return values
+
+
+class LearnerLost(RuntimeError):
+    """No learner answers any more."""
+
+
+def _take_result(learner: LMLearner) -> StepResult:
+    result, learner.result = learner.result, None
+    if result is None:
+        raise LearnerLost("the learner was asked for a result before it had made a step")
+    return result
+
+
+def _publish(
+    learner: LMLearner, version: int, folder: str, retire: list[int], digest: bool
+) -> tuple[tuple[str, ...], tuple[TensorEntry, ...]]:
+    tensors = dict(learner.ppo.policy.published())
+    if learner.arena is None:
+        learner.arena = Arena(folder, policy_specs(tensors))
+    for old in retire:
+        learner.arena.retire(old)
+    return learner.arena.write(version, tensors, digest=digest)
+
+
+def _probe(learner: LMLearner, token_ids_RL: NDArray[np.int32]) -> Probe:
+    device = learner.ppo.policy.device
+    rows = [
+        learner.ppo.policy.score_tokens(torch.from_numpy(row.astype(np.int64)).to(device)).cpu().numpy()
+        for row in token_ids_RL
+    ]
+    return Probe(token_ids_RL, np.stack(rows).astype(np.float32))
+
+
+def _save(learner: LMLearner, folder: str) -> None:
+    state.save(learner.ppo, Path(folder))
+
+
+def _load(learner: LMLearner, folder: str) -> None:
+    state.load(learner.ppo, Path(folder))
+
+
+def _node(learner: LMLearner) -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _cpu_seconds(learner: LMLearner) -> float:
+    times = os.times()
+    return times.user + times.system
+
+
+def _close_arena(learner: LMLearner) -> None:
+    if learner.arena is not None:
+        learner.arena.close()

@@ -1,0 +1,106 @@
+"""Text to tokens and back, through the model's own chat template.
+
+Owns: how a conversation becomes token ids. Does not know environments, engines or rewards.
+
+Token ids of answers come from the engine and are never tokenised again: a later turn is encoded alone and
+appended. A template that rewrites what was said before (one that strips reasoning, say) cannot be appended
+to; `extend` then returns None and the caller starts a new stream.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Message = dict[str, str]
+GUARD = "\ufdd0"
+"""A code point that is no character. It breaks what looks like a special token wherever a person, an
+environment or the policy wrote it, so that a rendered text holds none but the template's own."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What the engine has seen so far: messages, and the text they were rendered to, both with guards."""
+
+    messages: tuple[Message, ...]
+    text: str
+
+
+class ChatCodec:
+    """Wraps a Hugging Face tokenizer. Models without a chat template get plain text, one line a message."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        # Only this list is complete: SmolLM2's `<file_sep>` is not in `all_special_tokens`.
+        added = {number: str(t) for number, t in tokenizer.added_tokens_decoder.items() if t.special}
+        specials = sorted(added.values(), key=len, reverse=True)
+        self._special_ids = frozenset(added)
+        self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+
+    @classmethod
+    def from_folder(cls, path: str, trust_remote_code: bool = False) -> "ChatCodec":
+        from transformers import AutoTokenizer
+
+        return cls(AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code))
+
+    def open(self, system: str | None, user: str) -> tuple[Conversation, list[int]]:
+        """A new conversation, and the token ids that ask for its first answer."""
+        opening = [self._message("system", system)] if system else []
+        messages = (*opening, self._message("user", user))
+        text = self._render(messages)
+        return Conversation(messages, text), self._encode(text)
+
+    def reopen(self, conversation: Conversation) -> list[int]:
+        """Token ids of a whole conversation, for a new stream."""
+        return self._encode(conversation.text)
+
+    def extend(
+        self, conversation: Conversation, answer_ids: Sequence[int], user: str
+    ) -> tuple[Conversation, list[int] | None]:
+        """The conversation after `answer_ids` and the next user turn, and the ids to append (or None)."""
+        answer = self._message("assistant", self.answer(answer_ids))
+        messages = (*conversation.messages, answer, self._message("user", user))
+        text = self._render(messages)
+        before = conversation.text + answer["content"]
+        after = Conversation(messages, text)
+        if not text.startswith(before):
+            return after, None
+        suffix = self._encode(text[len(before) :])
+        # The engine already sampled the token that ends an answer; the template writes it too.
+        if answer_ids and suffix and suffix[0] == answer_ids[-1] and suffix[0] in self._special_ids:
+            suffix = suffix[1:]
+        return after, suffix
+
+    def answer(self, token_ids: Sequence[int]) -> str:
+        """The answer as an environment sees it: without special tokens."""
+        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        if self.tokenizer.chat_template is None:
+            return "".join(message["content"] + "\n" for message in messages)
+        text: str = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+        return text
+
+    def _message(self, role: str, content: str) -> Message:
+        return {"role": role, "content": self._special.sub(lambda m: m[0][0] + GUARD + m[0][1:], content)}
+
+    def _encode(self, text: str) -> list[int]:
+        """Special tokens are recognised in the template's text only, never where a guard stands."""
+        if GUARD not in text:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+            return ids
+        ids, start = [], 0
+        for special in self._special.finditer(text):
+            ids += self._encode_plain(text[start : special.start()])
+            ids += self.tokenizer.encode(special[0], add_special_tokens=False)
+            start = special.end()
+        return ids + self._encode_plain(text[start:])
+
+    def _encode_plain(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(
+            text.replace(GUARD, ""), add_special_tokens=False, split_special_tokens=True
+        )
+        return ids

@@ -1,0 +1,404 @@
+"""A run, assembled: the parts of `train.py`'s story, and what each of its verbs does.
+
+Owns: building learners, store, fleet, ledger and buffer for a configuration; publishing, learning, evaluating,
+recording and saving; what is put back on a resume. Does not know how any part works inside.
+"""
+
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean, pstdev
+from types import FrameType
+from typing import TypeVar
+
+from rollcast import checkpoint, cluster, metrics, records
+from rollcast.buffer import ErrorShare, PlayedGroup, TrajectoryBuffer
+from rollcast.chat import ChatCodec
+from rollcast.cluster import Dtype
+from rollcast.config import RunConfig
+from rollcast.errors import RunDiverged, RunFailed
+from rollcast.evaluate import Evaluation, evaluation_prompts
+from rollcast.fleet import Fleet, FleetSettings
+from rollcast.probe import probe_tokens
+from rollcast.progress import Progress
+from rollcast.prompts import PromptStream
+from rollcast.resume import Start, choose_start
+from rollcast.rundir import RunDir
+from rollcast.runner import WorkerSpec
+from rollcast.weights import Store
+from rollcast_learners.arena import NonFiniteWeights, TensorSpec
+from rollcast_learners.batch import collate
+from rollcast_learners.policy import PolicySettings
+from rollcast_learners.ppo import StepResult
+from rollcast_learners.rllib import Learners, LearnerSpec
+from rollcast_learners.types import Sampling, Trajectory, Weights
+
+T = TypeVar("T")
+
+LOST_AFTER_LEASES = 3
+"""A worker that has not answered for so many lease times is lost."""
+
+
+class Run:
+    """Everything alive during training. Made by `opened`; every public method is a verb of the loop."""
+
+    def __init__(self, config: RunConfig, folder: RunDir, start: Start, progress: Progress) -> None:
+        self.config = config
+        self.folder = folder
+        self.progress = progress
+        self.step = start.step
+        self.watch = metrics.Stopwatch()
+        self.stop_signal: int | None = None
+        self.errors = ErrorShare()
+        self.dropped_errors = 0
+        self._learner_thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
+        self._evaluation: Evaluation | None = None
+        self._figures: dict[str, float] = {}
+        self._held: dict[str, float] = {}
+        self._held_step = self._saved_step = start.step
+        self._last_row = time.monotonic()
+        self._fleet_started = False
+        self._trained: list[int] = []
+        self.answers: dict[int, list[Trajectory]] = {}
+        rollout, learner = config.rollout, config.learner
+        self.sampling = Sampling(rollout.temperature, rollout.max_new_tokens)
+        self.groups_per_step = learner.prompts_per_step
+        self.buffer = TrajectoryBuffer(self.groups_per_step, config.buffer.max_staleness)
+        self.ledger = start.ledger(folder, config)
+        self.writer = metrics.MetricsWriter(
+            folder.metrics, folder.tensorboard if config.tracking.tensorboard else None
+        )
+        questions = evaluation_prompts(config.env, config.eval)
+        self._questions = questions if config.eval.every else []
+        self._build(start)
+
+    def _build(self, start: Start) -> None:
+        config = self.config
+        dtype = cluster.compute_dtype(config)
+        codec = ChatCodec.from_folder(config.model.path, config.model.trust_remote_code)
+        self._probe_tokens = probe_tokens(codec.tokenizer, config.weights.probe_tokens)
+        with self.watch("start learner"):
+            self._waiting("the learner to start")
+            self.learners = Learners(learner_spec(config, dtype))
+            if start.checkpoint is not None:
+                self.learners.load(start.checkpoint)
+        with self.watch("start workers"):
+            self._waiting("rollout workers to start")
+            first = self.folder.high_water_mark() + 1
+            self.store = Store(config.run.name, self.learners.node(), first)
+            self.weights = self._write_weights(first)
+            self.fleet = self._start_fleet(dtype)
+            self._fleet_started = True
+            while not self.fleet.ready():
+                self._gather("rollout workers to start")
+
+    def _start_fleet(self, dtype: str) -> Fleet:
+        config, rollout = self.config, self.config.rollout
+        specs = tuple(TensorSpec(e.name, e.dtype, e.shape) for e in self.weights.manifest)
+        return Fleet(
+            WorkerSpec(config, dtype, self.store.handle(specs)),
+            FleetSettings(
+                rollout.workers,
+                max(rollout.concurrency // rollout.group_size, 1),
+                rollout.cpus_per_worker,
+                rollout.gpus_per_worker,
+                LOST_AFTER_LEASES * rollout.lease_s,
+            ),
+            self.ledger,
+            PromptStream(config.env, rollout.group_size, config.run.seed),
+            self.store,
+            self.sampling,
+            self.weights,
+        )
+
+    # ---- the verbs of the loop
+
+    @property
+    def goes_on(self) -> bool:
+        return self.step < self.config.run.steps and self.stop_signal is None
+
+    def is_due(self, every: int) -> bool:
+        """Whether something done every so many steps (0: never), and after the last one, is due now."""
+        return every > 0 and (self.step % every == 0 or self.step == self.config.run.steps)
+
+    def collect(self) -> list[PlayedGroup] | None:
+        """One step's groups, none of them too old; None when the run was asked to stop meanwhile."""
+        with self.watch("wait for rollouts"):
+            while True:
+                for group in self.buffer.expire(self.weights.version):
+                    self.ledger.put_back(group.number, "too old")
+                if self.stop_signal is not None:
+                    return None
+                if self.buffer.ready():
+                    return self.buffer.take()
+                self._feed_and_gather("rollouts")
+
+    def learn(self, groups: Sequence[PlayedGroup]) -> StepResult:
+        """One learning step in the learner's process; workers are fed and heard meanwhile."""
+        batch = collate([t for group in groups for t in group.trajectories], self.config.learner.on_length)
+        self._note_batch(groups, batch.trained_tokens, batch.tokens)
+        with self.watch("learn"):
+            result = self._meanwhile(self._learner_thread.submit(self.learners.step, batch), "the learner")
+        if result.diverged is not None:
+            raise RunDiverged(
+                "The run diverged.", result.diverged, "Lower learner.learning_rate, then --resume auto."
+            )
+        self.step += 1
+        self._trained = [group.number for group in groups]
+        self._figures |= result.metrics
+        records.write(self.folder.rollouts, self.step, [t for group in groups for t in group.trajectories])
+        return result
+
+    def publish(self) -> None:
+        """The next version, announced to all workers. An evaluation in flight is waited for: it names one version."""
+        self.finish_evaluation()
+        with self.watch("publish"):
+            started = time.monotonic()
+            self.weights = self._meanwhile(
+                self._learner_thread.submit(self._write_weights, self.weights.version + 1),
+                "the learner to publish",
+            )
+            self._figures["sync/publish_s"] = time.monotonic() - started
+            self.fleet.announce(self.weights)
+        # Only now do they make room for new groups: one started before the announcement would be a version older.
+        self.ledger.trained(self._trained, self.step)
+
+    def evaluate(self) -> None:
+        """Starts an evaluation of the current policy beside whatever comes next."""
+        if self._questions:
+            self._evaluation = Evaluation(self.step, self.weights.version, self._questions)
+            self._evaluation.ask(self.fleet)
+
+    def finish_evaluation(self) -> None:
+        """Waits for the evaluation in flight, if any, and completes the row that was held for it."""
+        if self._evaluation is None:
+            return
+        with self.watch("wait for evaluation"):
+            while not self._evaluation.done(self.fleet):
+                self._feed_and_gather("the evaluation")
+        self._held |= self._evaluation.figures()
+        self.answers[self._evaluation.step] = self._evaluation.answers
+        self._evaluation = None
+        self._write_row()
+
+    def record(self) -> None:
+        """One row of metrics and one line on the terminal, once the evaluation of this step is in."""
+        now = time.monotonic()
+        self._held = self._figures | self._rates(now - self._last_row)
+        self._held_step = self.step
+        self._figures, self._last_row = {}, now
+        if self._evaluation is None:
+            self._write_row()
+
+    def save(self) -> None:
+        """A checkpoint of the current step; the learner writes its own files."""
+        with self.watch("checkpoint"):
+            self.ledger.flush()
+            trainer = {"step": self.step, "policy_version": self.weights.version, "rollcast": 1}
+            write = self._learner_thread.submit(
+                checkpoint.save, self.folder.checkpoints, self.step, trainer, self.learners.save
+            )
+            self._meanwhile(write, "the checkpoint")
+            checkpoint.prune(self.folder.checkpoints, self.config.checkpoint.keep_last)
+            self._keep_weights()
+        self._saved_step = self.step
+
+    def finish(self) -> None:
+        """After the last step, or when asked to stop: whatever is not on the disk yet goes there."""
+        self.finish_evaluation()
+        if self._saved_step != self.step:
+            self.save()
+
+    # ---- what the verbs are made of
+
+    def _write_weights(self, version: int) -> Weights:
+        """Raises the high-water mark first, so that no number ever means two policies."""
+        self.folder.raise_high_water_mark(version)
+        retire = self.store.free(version - 1)
+        try:
+            segments, manifest = self.learners.publish(version, self.store.folder, retire)
+        except NonFiniteWeights as error:
+            raise RunDiverged(
+                "The policy is not finite and was not published.",
+                str(error),
+                "Resume, with a lower learner.learning_rate.",
+            ) from error
+        probe = self.learners.probe(self._probe_tokens) if self.config.rollout.engine != "scripted" else None
+        return Weights("full", version, manifest, segments, self.store.home, self.store.folder, probe)
+
+    def _keep_weights(self) -> None:
+        """The newest published policy as safetensors in the run folder: what serves and outlives the run."""
+        self.store.save(self.weights, self.folder.weights / f"v{self.weights.version}")
+        for old in self.folder.weights.glob("v*"):
+            if old.name != f"v{self.weights.version}":
+                shutil.rmtree(old)
+
+    def _meanwhile(self, future: Future[T], activity: str) -> T:
+        """Keeps feeding and hearing workers until the learner's thread has an answer."""
+        while not future.done():
+            self._feed_and_gather(activity)
+        return future.result()
+
+    def _feed_and_gather(self, activity: str) -> None:
+        # A group started now is trained at the latest after those before it: this many bounds its age.
+        self.fleet.feed((self.config.buffer.max_staleness + 1) * self.groups_per_step)
+        self._gather(activity)
+
+    def _gather(self, activity: str) -> None:
+        for group in self.fleet.gather():
+            self.errors.add(group)
+            if group.errors:
+                self.dropped_errors += len(group.errors)
+                self.ledger.fail(group.number, group.errors[0])
+            else:
+                self.buffer.add([group])
+        for refusal in self.fleet.refusals:
+            self.progress.say(f"a worker refused the new policy and plays on with the old one: {refusal}")
+        self.fleet.refusals.clear()
+        self._stop_on_errors()
+        self._waiting(activity)
+
+    def _stop_on_errors(self) -> None:
+        limit = self.config.rollout.max_error_share
+        if self.errors.seen >= self.config.samples_per_step and self.errors.share > limit:
+            raise RunFailed(
+                f"{self.errors.share:.0%} of the last {self.errors.seen} episodes failed (limit {limit:.0%}).",
+                f"The first failure was: {self.errors.first_cause}",
+                "Mend the environment (or raise rollout.max_error_share), then run the same command again.",
+            )
+
+    def _note_batch(self, groups: Sequence[PlayedGroup], trained: int, rows: int) -> None:
+        trajectories = [t for group in groups for t in group.trajectories]
+        rewards = [t.reward for t in trajectories]
+        ages = [self.weights.version - t.versions[0] for t in trajectories]
+        self._figures |= {
+            "reward/mean": fmean(rewards),
+            "reward/std": pstdev(rewards),
+            "staleness/mean": fmean(ages),
+            "staleness/max": float(max(ages)),
+            "tokens/trained": float(trained),
+            "tokens/useful_ratio": trained / rows,
+        }
+        self._batch_rows, self._batch_samples = rows, len(trajectories)
+
+    def _rates(self, seconds: float) -> dict[str, float]:
+        """Where the time since the last row went: every role busy, idle, and what it waited for."""
+        lap = self.watch.lap()
+        self.fleet.ask_occupation()
+        occupations, self.fleet.occupations = self.fleet.occupations, []
+        busy, idle = sum(o.busy_s for o in occupations), sum(o.idle_s for o in occupations)
+        loaded, self.fleet.loaded = self.fleet.loaded, []
+        rates = {f"time/{stage.replace(' ', '_')}_s": spent for stage, spent in lap.items()}
+        if "learn" in lap:
+            rates["samples_per_s"] = self._batch_samples / seconds
+            rates["learner/tokens_per_s"] = self._batch_rows / lap["learn"]
+            rates["busy/learner"] = min(lap["learn"] / seconds, 1.0)
+        if busy + idle > 0:
+            rates["busy/rollout"] = busy / (busy + idle)
+            rates["rollout/tokens_per_s"] = (
+                sum(o.tokens for o in occupations) / (busy + idle) * len(self.fleet.workers)
+            )
+        if loaded:
+            rates |= {
+                "sync/load_s": fmean(one.load_s for one in loaded),
+                "sync/pause_s": fmean(one.pause_s for one in loaded),
+                "sync/pull_s": fmean(one.pull_s for one in loaded),
+                "logprob_gap/mean": max(one.gap_mean for one in loaded if one.gap_mean is not None),
+                "logprob_gap/max": max(one.gap_max for one in loaded if one.gap_max is not None),
+            }
+        return rates | self._counts()
+
+    def _counts(self) -> dict[str, float]:
+        return {
+            "policy_version": float(self.weights.version),
+            "dropped/stale": float(self.buffer.dropped_stale),
+            "dropped/error": float(self.dropped_errors),
+            "fleet/workers": float(self.fleet.ready()),
+            "fleet/restarts": float(self.fleet.restarts),
+            **{f"ledger/{state}": float(count) for state, count in self.ledger.counts().items()},
+        }
+
+    def _write_row(self) -> None:
+        self.progress.step(self.writer.write(self._held_step, self._held))
+
+    def _waiting(self, activity: str) -> None:
+        facts: dict[str, object] = {"step": self.step}
+        if self._fleet_started:
+            facts |= {
+                "version": self.weights.version,
+                "workers": self.fleet.ready(),
+                "buffered": len(self.buffer),
+            }
+            facts |= self.ledger.counts()
+        self.progress.waiting(activity, facts)
+
+    def close(self) -> None:
+        """Ends workers, learners and agents; leaves no process and no shared memory."""
+        if self._fleet_started:
+            self.fleet.close()
+            self.learners.close()
+            self.store.close()
+        self._learner_thread.shutdown(wait=False, cancel_futures=True)
+        self.ledger.close()
+        self.writer.close()
+
+
+def learner_spec(config: RunConfig, dtype: Dtype) -> LearnerSpec:
+    """What a learner is built from, out of a run's configuration."""
+    model = config.model
+    return LearnerSpec(
+        PolicySettings(model.path, dtype, config.learner.critic, model.trust_remote_code),
+        config.learner,
+        config.kl,
+        config.rollout.temperature,
+        config.run.steps,
+        config.run.seed,
+    )
+
+
+@contextmanager
+def opened(config: RunConfig, path: Path, resume: str) -> Iterator[Run]:
+    """A run from its first process to its last. Signals ask it to stop; a second Ctrl-C does not wait."""
+    folder = RunDir(path)
+    folder.create()
+    with cluster.connected(config) as address:
+        folder.claim(address, cluster.NAMESPACE)
+        progress = Progress(folder.path / "status.json", config.run.steps)
+        start = choose_start(folder, resume, progress.say)
+        folder.config.write_text(config.to_toml(), encoding="utf-8")
+        progress.start()
+        try:
+            run = Run(config, folder, start, progress)
+            try:
+                with stopped_by_signals(run):
+                    yield run
+            finally:
+                run.close()
+        finally:
+            progress.stop()
+
+
+@contextmanager
+def stopped_by_signals(run: Run) -> Iterator[None]:
+    """SIGTERM and the first Ctrl-C let the run save and end; the second Ctrl-C interrupts."""
+
+    def ask(number: int, _: FrameType | None) -> None:
+        if run.stop_signal == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        run.stop_signal = number
+        run.progress.say("stopping: the run saves a checkpoint first")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

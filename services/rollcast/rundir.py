@@ -1,0 +1,152 @@
+"""The run directory: where everything a run leaves behind lies, and who may write there.
+
+Owns: file names below `runs/NAME/`, the owner's record and the version high-water mark. Does not know what
+the files mean to a learner.
+"""
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rollcast.errors import UsageError
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """The file is either the old or the new one, also after a power cut."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """`runs/NAME/` and the names below it."""
+
+    path: Path
+
+    @property
+    def run_json(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def curve(self) -> Path:
+        return self.path / "curve.png"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def create(self) -> None:
+        """Makes the folders, readable by their owner only. Raises `UsageError` where that cannot be done."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for folder in (self.rollouts, self.checkpoints, self.weights, self.logs):
+                folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"The run directory {self.path} cannot be written.",
+                f"{type(error).__name__}: {error}",
+                "Choose another with --run.dir, or free that path.",
+            ) from error
+
+    def claim(self, address: str, namespace: str) -> None:
+        """Writes `run.json`. Raises `UsageError` while another living process of this host owns the run."""
+        owner = self.owner()
+        if owner and _alive(owner):
+            raise UsageError(
+                f"The run {self.path.name} is being trained already.",
+                f"Process {owner['pid']} on this host owns {self.path}.",
+                "Stop that process, or choose another name with --run.",
+            )
+        process = psutil.Process()
+        record = {
+            "name": self.path.name,
+            "address": address,
+            "namespace": namespace,
+            "pid": process.pid,
+            "process_started": process.create_time(),
+            "host": socket.gethostname(),
+            "started": time.time(),
+        }
+        write_atomic(self.run_json, json.dumps(record, indent=2) + "\n")
+
+    def owner(self) -> dict[str, Any] | None:
+        """The record of the process that trains, or last trained, this run."""
+        if not self.run_json.exists():
+            return None
+        record: dict[str, Any] = json.loads(self.run_json.read_text(encoding="utf-8"))
+        return record
+
+    def high_water_mark(self) -> int:
+        """The highest version ever announced by this run; -1 before the first."""
+        path = self.weights / "high_water.json"
+        return int(json.loads(path.read_text(encoding="utf-8"))["version"]) if path.exists() else -1
+
+    def raise_high_water_mark(self, version: int) -> None:
+        """On the disk before the version is announced, so that no number ever means two policies."""
+        highest = self.high_water_mark()
+        if version <= highest:
+            raise ValueError(
+                f"version {version} is not above {highest}, the highest so far: versions only grow"
+            )
+        write_atomic(self.weights / "high_water.json", json.dumps({"version": version}) + "\n")
+
+
+def _alive(owner: dict[str, Any]) -> bool:
+    """Whether the recorded process still runs; a pid alone may have been given to another process since."""
+    if owner["host"] != socket.gethostname() or owner["pid"] == os.getpid():
+        return False
+    try:
+        process = psutil.Process(owner["pid"])
+        same = bool(abs(process.create_time() - owner["process_started"]) < 1.0)
+        # A container without an init keeps the dead for ever.
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,164 @@
+"""The rollout worker as a Ray actor: RLlib's `EnvRunner` around `RolloutWorker`.
+
+Owns: building an engine from the run's settings, exiting when the engine dies, and the calls the fleet makes. Does not
+know the ledger, the learner, or how episodes are played.
+
+An exception that would leave the actor alive without an engine ends the process instead: a worker that cannot play is
+replaced, never kept.
+"""
+
+import asyncio
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.env.env_runner import EnvRunner
+
+from rollcast.chat import ChatCodec
+from rollcast.config import RunConfig
+from rollcast.engine_traces import engine_record, sweep_dead
+from rollcast.episode import EpisodeLimits
+from rollcast.sampler import EngineDied, Sampler, ScriptedSampler
+from rollcast.weights import StoreHandle
+from rollcast.worker import Loaded, Occupation, RolloutWorker
+from rollcast_learners.types import Prompt, Sampling, Trajectory, Weights
+
+WATCH_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """Everything a worker is built from, wherever it starts. Fleet -> worker."""
+
+    config: RunConfig
+    dtype: str
+    store: StoreHandle
+
+
+@dataclass(frozen=True, eq=False)
+class Played:
+    """One group, under the lease it was played for. Worker -> fleet."""
+
+    lease: int
+    trajectories: list[Trajectory]
+
+
+class RolloutRunner(EnvRunner):
+    """Async actor: many `sample` calls run at once on one event loop, beside `load` and `ping`."""
+
+    def __init__(self, spec: WorkerSpec, worker_id: int) -> None:
+        super().__init__(config=AlgorithmConfig(), worker_index=worker_id)
+        self.spec = spec
+        self.name = f"worker-{worker_id}"
+        self.worker: RolloutWorker | None = None
+
+    async def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The manager's way in. RLlib's own exits the process on any exception; here a bug is told to the caller."""
+        result = func(self, *args, **kwargs)
+        return await result if inspect.isawaitable(result) else result
+
+    async def start(self, weights: Weights) -> Loaded:
+        """Starts the engine and takes in the current policy. Minutes on a large model."""
+        rollout = self.spec.config.rollout
+        model = self.spec.config.model
+        codec = ChatCodec.from_folder(model.path, model.trust_remote_code)
+        self.worker = RolloutWorker(
+            await self._engine(codec),
+            codec,
+            EpisodeLimits(rollout.max_turns, rollout.max_attempts),
+            rollout.env_timeout_s,
+            self.spec.config.weights.probe_max_gap,
+        )
+        self._watch = asyncio.ensure_future(self._exit_with_engine())
+        return await self.load(weights)
+
+    async def sample(self, lease: int, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> Played:
+        try:
+            return Played(lease, await self._started.play(prompts, sampling, version))
+        except EngineDied as error:
+            self._exit(error)
+
+    async def load(self, weights: Weights) -> Loaded:
+        """Takes in an announced policy: see `RolloutWorker.load`."""
+        try:
+            return await self._started.load(weights, self._pull)
+        except EngineDied as error:
+            self._exit(error)
+        finally:
+            await self.spec.store.release(weights.version, self.name)
+
+    async def occupation(self) -> Occupation:
+        return self._started.occupation()
+
+    async def ping(self) -> str:
+        return "pong"
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def stop(self) -> None:
+        if self.worker is not None:
+            self._watch.cancel()
+            await self.worker.close()
+
+    def assert_healthy(self) -> None:
+        if self.worker is None:
+            raise RuntimeError(f"{self.name} has no engine yet")
+
+    def make_env(self) -> None:
+        """Environments are made by episodes: a prompt names its own."""
+
+    def get_spaces(self) -> dict[str, Any]:
+        return {}
+
+    def get_metrics(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def _started(self) -> RolloutWorker:
+        assert self.worker is not None, "the fleet calls start() first and waits for it"
+        return self.worker
+
+    async def _pull(self, weights: Weights) -> str:
+        return await self.spec.store.pull(weights, self.name)
+
+    async def _engine(self, codec: ChatCodec) -> Sampler:
+        config = self.spec.config
+        rollout, path = config.rollout, config.model.path
+        if rollout.engine == "scripted":
+            return ScriptedSampler(codec.tokenizer.eos_token_id, max_model_len=rollout.max_model_len)
+        if rollout.engine == "torch":
+            import torch
+
+            from rollcast.torch_sampler import TorchSampler
+
+            torch.set_num_threads(rollout.cpus_per_worker)
+            return TorchSampler(path, self.spec.dtype, rollout.max_model_len, config.model.trust_remote_code)
+        from rollcast.vllm_sampler import VllmSampler
+
+        folder = await self.spec.store.folder()
+        sweep_dead(folder)
+        return await VllmSampler.start(
+            path,
+            -1,
+            dtype=self.spec.dtype,
+            max_model_len=rollout.max_model_len,
+            concurrency=rollout.concurrency,
+            tensor_parallel=rollout.tensor_parallel,
+            threads=rollout.cpus_per_worker,
+            engine_args=rollout.engine_args,
+            record=folder / engine_record(self.name),
+        )
+
+    async def _exit_with_engine(self) -> None:
+        while await self._started.alive():
+            await asyncio.sleep(WATCH_EVERY_S)
+        self._exit("the engine's process is gone")
+
+    def _exit(self, reason: object) -> NoReturn:
+        print(f"rollcast {self.name}: {reason}; exiting to be replaced", file=sys.stderr, flush=True)
+        os._exit(1)

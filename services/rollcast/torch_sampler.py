@@ -1,0 +1,122 @@
+"""The sampler for machines without vLLM: Hugging Face's own forward pass, one token a request at a time.
+
+Owns: decoding with a key-value cache and swapping weights between two tokens. Slow but exact; does not batch
+requests. Does not know environments, Ray or the learner.
+"""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from rollcast.sampler import LoadReport, spans_of
+from rollcast_learners.arena import open_tensors
+from rollcast_learners.types import Completion, Sampling, Weights
+
+
+class TorchSampler:
+    """All model work runs on one thread, token by token: a load falls between two tokens of every answer."""
+
+    def __init__(self, path: str, dtype: str, max_model_len: int, trust_remote_code: bool = False) -> None:
+        self.version = -1
+        self.max_model_len = max_model_len
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True
+        ).eval()
+        self.stop_ids = stop_token_ids(path, self.model.config)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch-sampler")
+
+    async def sample(self, token_ids: Sequence[int], sampling: Sampling, request_id: str) -> Completion:
+        room = min(sampling.max_new_tokens, self.max_model_len - len(token_ids))
+        if room < 1:
+            raise ValueError(
+                f"a prompt of {len(token_ids)} tokens does not fit a context of {self.max_model_len}"
+            )
+        seed = int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=7).digest(), "big")
+        random = torch.Generator().manual_seed(seed)
+        said: list[int] = []
+        logprobs: list[float] = []
+        versions: list[int] = []
+        cache: Any = None
+        new = list(token_ids)
+        while len(said) < room and not (said and said[-1] in self.stop_ids):
+            token, logprob, version, cache = await self._on_thread(
+                self._next_token, new, cache, sampling.temperature, random
+            )
+            said.append(token)
+            logprobs.append(logprob)
+            versions.append(version)
+            new = [token]
+        return Completion(
+            np.array(said, np.int32),
+            np.array(logprobs, np.float32),
+            spans_of(versions),
+            "stop" if said[-1] in self.stop_ids else "length",
+        )
+
+    async def load(self, weights: Weights, folder: str) -> LoadReport:
+        asked = time.monotonic()
+        started, done = await self._on_thread(self._load, weights, folder)
+        return LoadReport(started - asked, done - started)
+
+    async def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        scored: list[float] = await self._on_thread(self._score, list(token_ids))
+        return scored
+
+    async def alive(self) -> bool:
+        return True
+
+    async def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _on_thread(self, function: Any, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    @torch.no_grad()
+    def _next_token(
+        self, new: list[int], cache: Any, temperature: float, random: torch.Generator
+    ) -> tuple[int, float, int, Any]:
+        output = self.model(
+            input_ids=torch.tensor([new]), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        logits_V: Tensor = output.logits[0, -1].float()
+        logprobs_V = torch.log_softmax(logits_V / temperature if temperature > 0 else logits_V, dim=-1)
+        if temperature > 0:
+            token = int(torch.multinomial(logprobs_V.exp(), 1, generator=random))
+        else:
+            token = int(logits_V.argmax())
+        return token, float(logprobs_V[token]), self.version, output.past_key_values
+
+    @torch.no_grad()
+    def _load(self, weights: Weights, folder: str) -> tuple[float, float]:
+        started = time.monotonic()
+        parameters = dict(self.model.named_parameters())
+        for name, tensor in open_tensors(weights, folder).items():
+            parameters[name].copy_(tensor)
+        self.version = weights.version
+        return started, time.monotonic()
+
+    @torch.no_grad()
+    def _score(self, token_ids: list[int]) -> list[float]:
+        ids_T = torch.tensor(token_ids)
+        logits_TV = self.model(input_ids=ids_T.unsqueeze(0), use_cache=False).logits[0, :-1].float()
+        scored: list[float] = (
+            torch.log_softmax(logits_TV, -1).gather(-1, ids_T[1:, None]).squeeze(-1).tolist()
+        )
+        return scored
+
+
+def stop_token_ids(path: str, config: Any) -> set[int]:
+    """The tokens that end an answer: the generation config's, else the model config's."""
+    try:
+        eos = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # transformers' word for "there is no generation_config.json".
+        eos = config.eos_token_id
+    return set(eos) if isinstance(eos, list) else {eos}

@@ -1,0 +1,36 @@
+"""The training loop. Read this first: what happens, in the order in which it happens.
+
+Owns: the story. Each verb is a method of `Run` (run.py), one call away.
+
+Rollout workers play all the time. Synchronous training is `max_staleness = 0` in this same loop: a new group is then
+handed out only when the last batch has been learned from. While the learner works, workers are fed and heard.
+"""
+
+import signal
+from pathlib import Path
+
+from rollcast.config import RunConfig
+from rollcast.run import opened
+
+
+def train(config: RunConfig, run_dir: Path, resume: str = "auto") -> None:
+    """Runs or resumes a run in `run_dir`. Raises `RollcastError`; `KeyboardInterrupt` after Ctrl-C, saved."""
+    with opened(config, run_dir, resume) as run:
+        if run.step == 0:
+            run.evaluate()
+            run.record()
+        while run.goes_on:
+            groups = run.collect()
+            if groups is None:
+                break
+            run.learn(groups)
+            run.publish()
+            if run.is_due(config.eval.every):
+                run.evaluate()
+            run.record()
+            if run.is_due(config.checkpoint.every):
+                run.save()
+        run.finish()
+        stopped_by = run.stop_signal
+    if stopped_by == signal.SIGINT:
+        raise KeyboardInterrupt

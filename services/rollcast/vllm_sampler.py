@@ -1,0 +1,414 @@
+"""The sampler that rolls out on vLLM: one `AsyncLLM`, token ids in and out, weights swapped in mid-answer.
+
+Owns: the engine's start, its requests, its updates, its death, and the shared memory it leaves. Does not know
+text, environments, where weights come from, or Ray.
+
+vLLM's processes read their settings from the environment: `start` sets `OMP_NUM_THREADS` and
+`VLLM_CPU_OMP_THREADS_BIND` while it starts them, and puts the caller's values back. `VLLM_LOGGING_LEVEL` is
+read when vLLM is imported: it is `ERROR` unless the environment says otherwise.
+"""
+
+import asyncio
+import gc
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+
+from rollcast.sampler import EngineDied, LoadReport
+from rollcast_learners.types import Completion, FinishReason, Sampling, VersionSpan, Weights
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+from vllm import SamplingParams, TokensPrompt
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferInitRequest,
+    WeightTransferUpdateRequest,
+)
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from rollcast.vllm_transfer import BACKEND, update_info
+
+SEGMENT = r"/dev/shm/psm_\w+$"
+SOCKETS_PREFIX = "rollcast-engine-"
+GIB = 1 << 30
+Result = TypeVar("Result")
+
+
+class VllmSampler:
+    """A running engine. Made by `start`, ended by `close`; used from the event loop that started it."""
+
+    def __init__(
+        self,
+        engine: AsyncLLM,
+        version: int,
+        cores: Sequence[BaseProcess],
+        traces: "Traces",
+        *,
+        context: int,
+        stops: Sequence[int],
+        seeded: bool,
+        record: Path | None,
+    ) -> None:
+        self.version = version
+        self._engine = engine
+        self._sentinels = [core.sentinel for core in cores]
+        self._traces = traces
+        self._context = context
+        self._stops = list(stops)
+        self._seeded = seeded
+        self._record = record
+        self._serial = count()
+        self._update = asyncio.Lock()
+        self._open = asyncio.Event()
+        self._open.set()
+        self._death: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    @classmethod
+    async def start(
+        cls,
+        model_path: str,
+        version: int,
+        *,
+        dtype: str = "bfloat16",
+        max_model_len: int = 2048,
+        concurrency: int = 64,
+        tensor_parallel: int = 1,
+        threads: int | None = None,
+        kv_cache_gib: float = 1.0,
+        seeded: bool = False,
+        engine_args: Mapping[str, Any] | None = None,
+        record: Path | None = None,
+    ) -> "VllmSampler":
+        """Starts an engine on the Hugging Face folder `model_path`, whose weights are policy `version`.
+
+        `threads` and `kv_cache_gib` are for the CPU backend. `seeded` draws each answer from a seed made of
+        its request id. `engine_args` replace any of vLLM's. `record` names the file that lists the engine's
+        processes and shared memory for `sweep`; what an earlier engine recorded there is swept first.
+        """
+        arguments = _arguments(model_path, dtype, max_model_len, concurrency, tensor_parallel, kv_cache_gib)
+        arguments |= engine_args or {}
+        if record is not None:
+            sweep(record)
+        sockets = tempfile.mkdtemp(prefix=SOCKETS_PREFIX)
+        with _environment(threads or len(os.sched_getaffinity(0)), sockets):
+            engine, cores, traces = await _start_engine(AsyncEngineArgs(**arguments), sockets, record)
+        stops = stop_token_ids(model_path)
+        sampler = cls(engine, version, cores, traces, context=max_model_len, stops=stops, seeded=seeded, record=record)
+        await sampler._introduce()
+        return sampler
+
+    async def sample(self, token_ids: Sequence[int], sampling: Sampling, request_id: str) -> Completion:
+        """Continues `token_ids`. The prompt's KV is shared with others of the same policy version."""
+        self._check_room(token_ids)
+        await self._open.wait()
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_new_tokens,
+            stop_token_ids=self._stops,
+            logprobs=0,
+            seed=_seed(request_id) if self._seeded else None,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._ask(token_ids, params, request_id, salt=f"policy {self.version}")
+        return _completion(output.outputs[0])
+
+    async def load(self, weights: Weights, folder: str) -> LoadReport:
+        """Swaps the policy between two steps of the engine; a request that arrives meanwhile waits."""
+        async with self._update:
+            self._open.clear()
+            try:
+                report = await self._while_alive(self._swap(weights, folder))
+            except BaseException as error:
+                # Whatever ended it, a cancellation too: the model may be half of each policy.
+                self._die(f"its update to version {weights.version} failed: {error!r}")
+                if isinstance(error, Exception):
+                    raise EngineDied(self._death.result()) from error
+                raise
+            finally:
+                self._open.set()
+            return report
+
+    async def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probabilities of tokens 1..T-1 at temperature 1; T must be less than the context."""
+        self._check_room(token_ids)
+        # vLLM scores prompt tokens before any processor, temperature included, and without reading the cache.
+        params = SamplingParams(
+            temperature=1.0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        name = f"probe-{next(self._serial)}"
+        async with self._update:
+            output = await self._ask(token_ids, params, name, salt=name)
+        scored = zip(token_ids[1:], (output.prompt_logprobs or [])[1:], strict=True)
+        return [float(entry[token].logprob) for token, entry in scored]
+
+    async def alive(self) -> bool:
+        if not self._death.done() and self._engine.errored:
+            self._die("vLLM reports it as failed")
+        return not self._death.done()
+
+    async def close(self) -> None:
+        """Ends the engine's processes and removes what they leave. Whoever was waiting gets `EngineDied`."""
+        self._die("it was closed")
+        if self._engine is None:
+            return
+        if self._engine.output_handler is not None:
+            # Else vLLM takes its own shutdown for a crash and logs it.
+            self._engine.output_handler.cancel()
+        await asyncio.to_thread(self._engine.shutdown)
+        # Collected at the interpreter's exit, its destructor prints a traceback.
+        self._engine = None
+        gc.collect()
+        self._traces.remove()
+        if self._record is not None:
+            self._record.unlink(missing_ok=True)
+
+    async def _introduce(self) -> None:
+        """Watches the engine's child, and labels the first version before any request."""
+        for descriptor in self._sentinels:
+            asyncio.get_running_loop().add_reader(descriptor, self._die, "its process ended")
+        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        await self._engine.update_weight_version(str(self.version))
+
+    async def _swap(self, weights: Weights, folder: str) -> LoadReport:
+        engine = self._engine
+        begin = perf_counter()
+        # `pause_generation` does this and then sleeps for 20 ms, for an order of outputs that we do not need.
+        await engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+        paused = perf_counter()
+        await engine.start_weight_update()
+        await engine.update_weights(WeightTransferUpdateRequest(update_info=update_info(weights, folder)))
+        await engine.finish_weight_update(weight_version=str(weights.version))
+        self.version = weights.version
+        loaded = perf_counter()
+        await engine.resume_generation()
+        return LoadReport(pause_s=paused - begin, load_s=loaded - paused)
+
+    async def _ask(self, token_ids: Sequence[int], params: SamplingParams, request_id: str, salt: str) -> RequestOutput:
+        prompt = TokensPrompt(prompt_token_ids=list(token_ids), cache_salt=salt)
+
+        async def last() -> RequestOutput:
+            async for output in self._engine.generate(prompt, params, request_id):
+                answer = output
+            return answer
+
+        return await self._while_alive(last())
+
+    async def _while_alive(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """The result of `work`, or `EngineDied` as soon as the engine is lost: vLLM itself takes seconds."""
+        if self._death.done():
+            work.close()
+            raise EngineDied(self._death.result())
+        task = asyncio.ensure_future(work)
+        try:
+            either: set[asyncio.Future[Any]] = {task, self._death}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if self._death.done():
+                raise EngineDied(self._death.result())
+            return await task
+        except EngineDeadError as error:
+            self._die("vLLM reports it as dead")
+            raise EngineDied(self._death.result()) from error
+        finally:
+            task.cancel()
+
+    def _die(self, reason: str) -> None:
+        """The first reason stands, and everyone who waits for the engine hears it."""
+        if self._death.done():
+            return
+        for descriptor in self._sentinels:
+            asyncio.get_running_loop().remove_reader(descriptor)
+        self._death.set_result(f"The engine is lost: {reason}. Start another and load the newest weights.")
+
+    def _check_room(self, token_ids: Sequence[int]) -> None:
+        if not 0 < len(token_ids) < self._context:
+            raise ValueError(
+                f"The prompt has {len(token_ids)} tokens, and the context of {self._context} must hold it "
+                "and at least one more. Shorten the prompt or raise rollout.max_model_len."
+            )
+
+
+def stop_token_ids(model_path: str | Path) -> list[int]:
+    """The end-of-sequence ids of a Hugging Face folder; they end an answer and are its last token."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(model_path) / name
+        stops = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+        if stops is not None:
+            return list(stops) if isinstance(stops, list) else [int(stops)]
+    return []
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What an engine leaves behind when nobody ends it: processes, shared memory, a folder of sockets."""
+
+    processes: tuple[psutil.Process, ...]
+    segments: tuple[str, ...]
+    sockets: str
+
+    @classmethod
+    def of(cls, cores: Iterable[BaseProcess], sockets: str) -> "Traces":
+        found = []
+        for core in cores:
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(core.pid)
+                found += [process, *process.children(recursive=True)]
+        return cls(tuple(found), tuple(engine_segments(found)), sockets)
+
+    def save(self, record: Path) -> None:
+        rows = [[process.pid, process.create_time()] for process in self.processes]
+        draft = record.with_suffix(".writing")
+        draft.write_text(json.dumps({"processes": rows, "segments": self.segments, "sockets": self.sockets}))
+        draft.replace(record)
+
+    def remove(self) -> None:
+        for process in self.processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(self.processes, timeout=10)
+        for segment in self.segments:
+            Path(segment).unlink(missing_ok=True)
+        shutil.rmtree(self.sockets, ignore_errors=True)
+
+
+def engine_segments(processes: Iterable[psutil.Process]) -> list[str]:
+    """The segments of shared memory that these processes map: vLLM draws their names at random."""
+    found = set()
+    for process in processes:
+        with suppress(OSError):
+            found |= set(re.findall(SEGMENT, Path(f"/proc/{process.pid}/maps").read_text(), re.MULTILINE))
+    return sorted(found)
+
+
+def sweep(record: Path) -> list[str]:
+    """Ends what is left of the engine recorded in this file, and removes and returns its shared memory.
+
+    For the successor of an owner that was killed. A process is known by its id and its time of creation, so
+    that a stranger with a recycled id is left alone.
+    """
+    if not record.exists():
+        return []
+    content = json.loads(record.read_text())
+    segments = tuple(name for name in content["segments"] if re.fullmatch(SEGMENT, name))
+    sockets = content["sockets"] if Path(content["sockets"]).name.startswith(SOCKETS_PREFIX) else ""
+    Traces(tuple(_same_processes(content["processes"])), segments, sockets).remove()
+    record.unlink()
+    return list(segments)
+
+
+def _same_processes(rows: Iterable[tuple[int, float]]) -> Iterator[psutil.Process]:
+    for pid, created in rows:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if process.create_time() == created:
+                yield process
+
+
+async def _start_engine(
+    arguments: AsyncEngineArgs, sockets: str, record: Path | None
+) -> tuple[AsyncLLM, list[BaseProcess], Traces]:
+    """Starts off the event loop, and records as it goes: an owner killed meanwhile leaves traces too."""
+    before = _engine_cores()
+    starting = asyncio.ensure_future(asyncio.to_thread(AsyncLLM.from_engine_args, arguments))
+    traces = Traces((), (), sockets)
+    try:
+        while not starting.done():
+            await asyncio.wait({starting}, timeout=0.5)
+            cores = [core for core in _engine_cores() if core not in before]
+            traces = Traces.of(cores, sockets)
+            if record is not None:
+                traces.save(record)
+        return await starting, cores, traces
+    except BaseException:
+        traces.remove()
+        raise
+
+
+def _engine_cores() -> list[BaseProcess]:
+    """This process's children that vLLM started; its workers are their children."""
+    return [child for child in multiprocessing.active_children() if child.name.startswith("EngineCore")]
+
+
+def _arguments(
+    model_path: str,
+    dtype: str,
+    max_model_len: int,
+    concurrency: int,
+    tensor_parallel: int,
+    kv_cache_gib: float,
+) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "model": model_path,
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": concurrency,
+        "tensor_parallel_size": tensor_parallel,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "logprobs_mode": "processed_logprobs",
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
+        "worker_extension_cls": "rollcast.vllm_transfer.WorkerExtension",
+    }
+    if current_platform.is_cpu():
+        # A compiled graph keeps the packed weights that it was traced with, and an update frees them.
+        arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": int(kv_cache_gib * GIB)}
+    return arguments
+
+
+@contextmanager
+def _environment(threads: int, sockets: str) -> Iterator[None]:
+    """What the engine's processes inherit; a binding that the user chose stays."""
+    wanted = {"OMP_NUM_THREADS": str(threads), "VLLM_RPC_BASE_PATH": sockets}
+    for name, value in (("VLLM_CPU_OMP_THREADS_BIND", "nobind"), ("PYTHONWARNINGS", "ignore")):
+        wanted[name] = os.environ.get(name, value)
+    before = dict(os.environ)
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name in wanted:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
+
+
+def _seed(request_id: str) -> int:
+    return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:4], "little")
+
+
+def _completion(output: CompletionOutput) -> Completion:
+    tokens = list(output.token_ids)
+    logprobs = [entry[token].logprob for token, entry in zip(tokens, output.logprobs or [], strict=True)]
+    spans = tuple(VersionSpan(int(span.version), span.start, span.end) for span in output.weight_versions or [])
+    reason: FinishReason = "stop" if output.finish_reason == "stop" else "length"
+    return Completion(np.array(tokens, np.int32), np.array(logprobs, np.float32), spans, reason)

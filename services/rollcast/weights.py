@@ -1,0 +1,216 @@
+"""The weight store: published policies in node-local shared memory, pulled by version.
+
+Owns: the folder on each node, who reads which version, the copy to another node, and what is removed when. Does not
+know how a policy is learned, validated in detail (`arena.py`) or loaded into an engine.
+
+Each node has one agent, an actor that lives with the trainer. The learner writes a version once into the agent's folder
+on its node; readers there map those very files. On another node the agent fetches the bytes once through Ray's object
+store and writes them down; readers there map the copy. A version that has been superseded and that nobody reads is
+given back: at home its pages carry a later version, elsewhere its files go.
+"""
+
+import asyncio
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+from numpy.typing import NDArray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from rollcast.engine_traces import sweep_dead
+from rollcast.worker import WeightsRefused
+from rollcast_learners.arena import InvalidWeights, TensorSpec, validate
+from rollcast_learners.types import Weights
+
+SHARED_MEMORY = Path("/dev/shm")
+PREFIX = "rollcast-"
+OWNER = "owner.json"
+
+
+def sweep_abandoned(root: Path = SHARED_MEMORY) -> list[Path]:
+    """Removes the folders of agents that were killed, and returns them. An owner is its pid and its start time."""
+    abandoned = [owner.parent for owner in root.glob(f"{PREFIX}*/{OWNER}") if not _owner_lives(owner)]
+    for folder in abandoned:
+        sweep_dead(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    return abandoned
+
+
+def _owner_lives(owner: Path) -> bool:
+    try:
+        record = json.loads(owner.read_text(encoding="utf-8"))
+        return bool(abs(psutil.Process(record["pid"]).create_time() - record["started"]) < 1.0)
+    except (psutil.NoSuchProcess, OSError, ValueError, KeyError):
+        return False
+
+
+class NodeAgent:
+    """Keeper of one node's folder. Plain class; `Store` makes one an actor on each node."""
+
+    def __init__(self, run: str, node: str, first_version: int, root: str = str(SHARED_MEMORY)) -> None:
+        sweep_abandoned(Path(root))
+        self.node = node
+        self.folder = Path(root) / f"{PREFIX}{run}-{node[:8]}-{os.getpid()}"
+        self.folder.mkdir(mode=0o700)
+        owner = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+        (self.folder / OWNER).write_text(json.dumps(owner), encoding="utf-8")
+        self._readers: dict[int, set[str]] = {}
+        self._copies: dict[int, tuple[str, ...]] = {}
+        self._fetching = asyncio.Lock()
+        self._oldest = first_version
+
+    async def folder_path(self) -> str:
+        return str(self.folder)
+
+    async def acquire(self, weights: Weights, reader: str, home: Any) -> str | None:
+        """Counts `reader` in and returns the folder of the version's files on this node; None if it is superseded."""
+        if weights.version < self._oldest:
+            return None
+        self._readers.setdefault(weights.version, set()).add(reader)
+        if weights.home != self.node:
+            async with self._fetching:
+                if weights.version not in self._copies:
+                    await self._fetch(weights, home)
+            return str(self.folder)
+        return weights.folder
+
+    async def release(self, version: int, reader: str) -> None:
+        self._readers.get(version, set()).discard(reader)
+
+    async def forget(self, reader: str) -> None:
+        """A reader died: it reads nothing any more."""
+        for readers in self._readers.values():
+            readers.discard(reader)
+
+    async def free(self, below: int) -> list[int]:
+        """Versions below `below` that nobody reads. They cannot be acquired from now on; copies are removed."""
+        unread = [v for v in range(self._oldest, below) if not self._readers.get(v)]
+        # Versions are given back in order, so that one number says what is gone.
+        freed = [v for position, v in enumerate(unread) if v == self._oldest + position]
+        self._oldest += len(freed)
+        for version in freed:
+            self._readers.pop(version, None)
+            for name in self._copies.pop(version, ()):
+                (self.folder / name).unlink(missing_ok=True)
+        return freed
+
+    async def read(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of one segment, for an agent on another node."""
+        return np.memmap(self.folder / name, np.uint8, mode="r")
+
+    async def save(self, weights: Weights, target: str) -> None:
+        """Copies a version's files into the run folder, with its manifest: a model folder's safetensors."""
+        await asyncio.to_thread(_save, weights, self.folder, Path(target))
+
+    async def close(self) -> None:
+        sweep_dead(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def _fetch(self, weights: Weights, home: Any) -> None:
+        for name in weights.segments:
+            content = await home.read.remote(name)
+            partial = self.folder / f".{name}.partial"
+            content.tofile(partial)
+            partial.replace(self.folder / name)
+        self._copies[weights.version] = weights.segments
+
+
+def _save(weights: Weights, folder: Path, target: Path) -> None:
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in weights.segments:
+        shutil.copyfile(folder / name, partial / name)
+    manifest = {
+        "version": weights.version,
+        "kind": weights.kind,
+        "tensors": [asdict(e) for e in weights.manifest],
+    }
+    (partial / "manifest.json").write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)
+    partial.replace(target)
+
+
+@dataclass(frozen=True)
+class StoreHandle:
+    """How a worker reaches the store: the agents by node. Trainer -> worker."""
+
+    agents: dict[str, Any]
+    specs: tuple[TensorSpec, ...]
+
+    async def pull(self, weights: Weights, reader: str) -> str:
+        """Brings a version to this node and validates it. Raises `WeightsRefused`; the caller releases it when read."""
+        folder = await self._local.acquire.remote(weights, reader, self.agents[weights.home])
+        if folder is None:
+            raise WeightsRefused(
+                f"version {weights.version} is superseded and gone; a newer one was announced"
+            )
+        try:
+            await asyncio.to_thread(validate, weights, folder, self.specs)
+        except InvalidWeights as error:
+            await self.release(weights.version, reader)
+            raise WeightsRefused(f"version {weights.version}: {error}") from error
+        return str(folder)
+
+    async def release(self, version: int, reader: str) -> None:
+        await self._local.release.remote(version, reader)
+
+    async def folder(self) -> Path:
+        """This node's folder, where an engine's record lies too, for whoever has to sweep up."""
+        return Path(await self._local.folder_path.remote())
+
+    @property
+    def _local(self) -> Any:
+        return self.agents[ray.get_runtime_context().get_node_id()]
+
+
+class Store:
+    """The trainer's side: agents on all nodes, and what they may give back."""
+
+    def __init__(self, run: str, home: str, first_version: int) -> None:
+        self.run = run
+        self.first_version = first_version
+        self.home = home
+        self.agents: dict[str, Any] = {}
+        self.add_nodes()
+        self.folder: str = ray.get(self.agents[home].folder_path.remote())
+
+    def add_nodes(self) -> None:
+        """An agent for every living node that has none yet."""
+        for node in ray.nodes():
+            name = node["NodeID"]
+            if node["Alive"] and name not in self.agents:
+                where = NodeAffinitySchedulingStrategy(name, soft=False)
+                options = ray.remote(NodeAgent).options(
+                    num_cpus=0, scheduling_strategy=where, max_concurrency=64
+                )
+                self.agents[name] = options.remote(self.run, name, self.first_version)
+
+    def handle(self, specs: tuple[TensorSpec, ...]) -> StoreHandle:
+        return StoreHandle(dict(self.agents), specs)
+
+    def free(self, below: int) -> list[int]:
+        """Versions whose pages at home may be written again."""
+        for node, agent in self.agents.items():
+            if node != self.home:
+                agent.free.remote(below)
+        freed: list[int] = ray.get(self.agents[self.home].free.remote(below))
+        return freed
+
+    def forget(self, reader: str) -> None:
+        for agent in self.agents.values():
+            agent.forget.remote(reader)
+
+    def save(self, weights: Weights, target: Path) -> None:
+        ray.get(self.agents[self.home].save.remote(weights, str(target)))
+
+    def close(self) -> None:
+        ray.get([agent.close.remote() for agent in self.agents.values()])
+        for agent in self.agents.values():
+            ray.kill(agent)

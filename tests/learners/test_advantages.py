@@ -1,0 +1,153 @@
+"""GAE against RLlib's on 1,000 random sequences; whitening and group advantages against numpy."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rollcast_learners.advantages import gae, group_advantages, moments, whiten
+
+Floats = st.lists(st.floats(-1e4, 1e4, width=32), min_size=0, max_size=40)
+
+
+@pytest.fixture(scope="module")
+def compute_value_targets() -> Callable[..., Any]:
+    # Imported here: rllib takes ten seconds, which only the test that compares with it should pay.
+    from ray.rllib.utils.postprocessing.value_predictions import compute_value_targets
+
+    return compute_value_targets
+
+
+def test_gae_equals_rllib_on_1000_random_sequences(compute_value_targets):
+    random = np.random.default_rng(0)
+    for case in range(1000):
+        tokens = int(random.integers(1, 65))
+        rewards, values = random.normal(size=tokens), random.normal(size=tokens)
+        gamma, lam = random.uniform(0.5, 1.0, size=2)
+        truncated = bool(case % 2)
+        bootstrap = float(random.normal()) if truncated else 0.0
+        # RLlib wants one step more: its value is the bootstrap after a truncation, gated away after an end.
+        ends, cuts = np.zeros((2, tokens + 1))
+        (cuts if truncated else ends)[tokens - 1] = 1.0
+        theirs = compute_value_targets(
+            np.append(values, bootstrap), np.append(rewards, 0.0), ends, cuts, gamma, lam
+        )[:tokens]
+        advantages, returns = gae(torch.from_numpy(rewards), torch.from_numpy(values), bootstrap, gamma, lam)
+        np.testing.assert_allclose(returns, theirs, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(advantages, theirs - values, rtol=1e-5, atol=1e-5)
+
+
+def test_gae_of_three_tokens_by_hand():
+    advantages, returns = gae(torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.5, 0.5, 0.5]), 0.0, 1.0, 1.0)
+    assert advantages.tolist() == [0.5, 0.5, 0.5]
+    assert returns.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gae_keeps_dtype_shape_and_graph_apart(dtype):
+    values = torch.randn(7, dtype=dtype, requires_grad=True)
+    for result in gae(torch.randn(7, dtype=dtype), values, 0.3, 0.99, 0.95):
+        assert result.dtype == dtype and result.shape == (7,) and not result.requires_grad
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_gae_of_very_short_sequences(tokens):
+    advantages, returns = gae(torch.ones(tokens), torch.zeros(tokens), 2.0, 0.5, 0.9)
+    assert advantages.tolist() == returns.tolist() == [2.0] * tokens
+
+
+def test_gae_carries_a_nan_to_earlier_tokens_only():
+    rewards = torch.tensor([0.0, float("nan"), 1.0])
+    advantages, _ = gae(rewards, torch.zeros(3), 0.0, 1.0, 0.5)
+    assert advantages.isnan().tolist() == [True, True, False]
+
+
+def test_gae_of_outliers_is_finite():
+    advantages, returns = gae(torch.tensor([0.0, 1e6]), torch.tensor([1e6, -1e6]), 0.0, 1.0, 1.0)
+    assert advantages.isfinite().all() and returns.tolist() == [1e6, 1e6]
+
+
+def test_gae_is_linear_in_time():
+    rewards, values = torch.randn(4096), torch.randn(4096)
+    seconds = []
+    for _ in range(9):
+        start = time.perf_counter()
+        gae(rewards, values, 0.0, 1.0, 0.95)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.02  # 1.2 ms on an idle core; the slack is for busy machines
+
+
+@pytest.mark.parametrize(
+    "rewards, values, message",
+    [
+        (torch.zeros(2), torch.zeros(3), r"\(2,\).*\(3,\).*one length"),
+        (torch.zeros(2, 2), torch.zeros(2, 2), "1-D"),
+        (torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), "floating-point"),
+    ],
+)
+def test_gae_refuses_what_it_cannot_read(rewards, values, message):
+    with pytest.raises(ValueError, match=message):
+        gae(rewards, values, 0.0, 1.0, 1.0)
+
+
+def test_whiten_gives_mean_zero_and_deviation_one():
+    whitened = whiten(torch.randn(500) * 3 + 100)
+    assert abs(float(whitened.mean())) < 1e-5
+    assert abs(float(whitened.std(correction=0)) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("values", [[], [3.0], [0.1] * 7, [-1e6] * 5, [0.0, 0.0]])
+def test_whiten_of_no_spread_is_zeros(values):
+    assert whiten(torch.tensor(values)).tolist() == [0.0] * len(values)
+
+
+def test_whiten_shows_a_nan():
+    assert whiten(torch.tensor([1.0, float("nan"), 2.0])).isnan().all()
+    assert whiten(torch.tensor([1.0, float("inf"), 2.0])).isnan().all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(Floats, st.integers(0, 40))
+def test_whitening_on_two_learners_equals_one(values, cut):
+    advantages = torch.tensor(values, dtype=torch.float32)
+    parts = advantages[:cut], advantages[cut:]
+    added = moments(parts[0]) + moments(parts[1])
+    apart = torch.cat([whiten(part, added) for part in parts])
+    torch.testing.assert_close(apart, whiten(advantages), rtol=1e-5, atol=1e-5)
+    assert apart.isfinite().all() and apart.dtype == torch.float32
+
+
+def test_group_advantages_equal_numpy():
+    random = np.random.default_rng(1)
+    for _ in range(100):
+        samples = int(random.integers(1, 40))
+        returns, groups = random.normal(size=samples), random.integers(-3, 4, size=samples)
+        expected = np.zeros(samples)
+        for group in np.unique(groups):
+            members = returns[groups == group]
+            if len(members) > 1:
+                expected[groups == group] = (members - members.mean()) / (members.std() + 1e-8)
+        ours = group_advantages(torch.from_numpy(returns), torch.from_numpy(groups))
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_group_advantages_without_spread_are_zeros():
+    returns, groups = torch.tensor([0.7, 0.7, 0.7, 5.0, 1.0, 0.0]), torch.tensor([9, 9, 9, 4, 2, 2])
+    torch.testing.assert_close(group_advantages(returns, groups), torch.tensor([0.0, 0, 0, 0, 1, -1]))
+    assert group_advantages(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+def test_a_nan_spoils_its_own_group_only():
+    returns = torch.tensor([float("nan"), 1.0, 1.0, 0.0])
+    advantages = group_advantages(returns, torch.tensor([0, 0, 1, 1]))
+    assert advantages.isnan().tolist() == [True, True, False, False]
+
+
+def test_group_advantages_refuse_unequal_lengths():
+    with pytest.raises(ValueError, match="group_B has shape"):
+        group_advantages(torch.zeros(3), torch.zeros(2))
