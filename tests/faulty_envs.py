@@ -8,7 +8,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -86,7 +86,7 @@ class Broken(gymnasium.Env[str, str]):
 class Flaky(gymnasium.Env[str, str]):
     """The first `failures` environments made under `name` raise in `step`; those after them work."""
 
-    made: Counter[str] = Counter()
+    made: ClassVar[Counter[str]] = Counter()
 
     def __init__(self, name: str, failures: int) -> None:
         Flaky.made[name] += 1

@@ -20,9 +20,7 @@ NO_SPREAD = 1e-12
 """A variance below this share of the mean square is rounding noise, and not to be trained on."""
 
 
-def gae(
-    rewards_T: Tensor, values_T: Tensor, bootstrap_value: float, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
+def gae(rewards_T: Tensor, values_T: Tensor, bootstrap_value: float, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Advantages and returns of one sequence, by generalised advantage estimation (Schulman et al. 2015).
 
     `advantage_t = sum_k (gamma lam)^k delta_(t+k)` with `delta_t = reward_t + gamma value_(t+1) - value_t`,
@@ -104,9 +102,7 @@ def _checked_dtype(rewards_T: Tensor, values_T: Tensor) -> torch.dtype:
     _check_same_length("rewards_T", rewards_T, "values_T", values_T)
     dtype = torch.promote_types(rewards_T.dtype, values_T.dtype)
     if not dtype.is_floating_point:
-        raise ValueError(
-            f"rewards_T and values_T are {dtype}; advantages are fractions: pass floating-point tensors"
-        )
+        raise ValueError(f"rewards_T and values_T are {dtype}; advantages are fractions: pass floating-point tensors")
     return dtype
 
 

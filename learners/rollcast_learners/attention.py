@@ -106,11 +106,7 @@ def packed_attention(
     outputs = []
     for piece, q in zip(packing.pieces, queries, strict=True):
         k = torch.cat([keys[i] for i in piece.keys], dim=2) if len(piece.keys) > 1 else keys[piece.keys[0]]
-        v = (
-            torch.cat([values[i] for i in piece.keys], dim=2)
-            if len(piece.keys) > 1
-            else values[piece.keys[0]]
-        )
+        v = torch.cat([values[i] for i in piece.keys], dim=2) if len(piece.keys) > 1 else values[piece.keys[0]]
         outputs.append(
             scaled_dot_product_attention(
                 q, k, v, piece.mask_LK, is_causal=piece.mask_LK is None, scale=scaling, enable_gqa=shared

@@ -68,9 +68,7 @@ class Batch:
     def trained_of(self, episodes: NDArray[np.intp]) -> NDArray[np.intp]:
         """Indices into the N columns that belong to `episodes`, in that order."""
         stops = np.cumsum(self.episode_length_E)
-        return _concatenate_ranges(
-            stops[episodes] - self.episode_length_E[episodes], self.episode_length_E[episodes]
-        )
+        return _concatenate_ranges(stops[episodes] - self.episode_length_E[episodes], self.episode_length_E[episodes])
 
     def select(self, episodes: NDArray[np.intp]) -> "Batch":
         """The batch of these episodes alone (ascending indices), packed afresh."""
@@ -120,9 +118,7 @@ class Batch:
         """
         rows_E = np.bincount(self.tail_episode_S, self.tail_length_S, self.episodes).astype(np.int64)
         first_tails = np.unique(self.tail_prefix_S, return_index=True)[1]
-        rows_E += np.bincount(self.tail_episode_S[first_tails], self.prefix_length_P, self.episodes).astype(
-            np.int64
-        )
+        rows_E += np.bincount(self.tail_episode_S[first_tails], self.prefix_length_P, self.episodes).astype(np.int64)
         groups, group_of_E = np.unique(self.group_E, return_inverse=True)
         rows_G = np.bincount(group_of_E, rows_E, len(groups))
         loads, owner_G = np.zeros(count), np.zeros(len(groups), np.int64)
@@ -185,9 +181,7 @@ def usable(trajectory: Trajectory) -> bool:
         and trajectory.sampled_tokens > 0
         and bool(np.isfinite([turn.reward for turn in trajectory.turns]).all())
         and all(bool(np.isfinite(stream.logprobs_T).all()) for stream in trajectory.streams)
-        and not any(
-            stream.trained_T[:1].any() for stream in trajectory.streams
-        )  # Nothing predicts a first token.
+        and not any(stream.trained_T[:1].any() for stream in trajectory.streams)  # Nothing predicts a first token.
     )
 
 
@@ -200,12 +194,8 @@ def collate(trajectories: Sequence[Trajectory], on_length: OnLength = "zero") ->
         raise ValueError("cannot collate 0 trajectories; wait for the buffer to be ready")
     bad = [trajectory.prompt.id for trajectory in trajectories if not usable(trajectory)]
     if bad:
-        raise ValueError(
-            f"trajectories {bad[:3]} are not usable (error, no tokens or non-finite); filter them first"
-        )
-    groups = {
-        name: number for number, name in enumerate(dict.fromkeys(t.prompt.group_id for t in trajectories))
-    }
+        raise ValueError(f"trajectories {bad[:3]} are not usable (error, no tokens or non-finite); filter them first")
+    groups = {name: number for number, name in enumerate(dict.fromkeys(t.prompt.group_id for t in trajectories))}
     prefix_of: dict[tuple[str, bytes], int] = {}
     tails_of: list[list[_Tail]] = []
     for episode, trajectory in enumerate(trajectories):
@@ -255,9 +245,7 @@ def _pack(
         positions_T[head : head + length] = np.arange(length)
         tokens_T[start : start + tail.rows] = tail.stream.token_ids_T[length : length + tail.rows]
         positions_T[start : start + tail.rows] = np.arange(length, length + tail.rows)
-        row_of_token = np.concatenate(
-            [np.arange(head, head + length), np.arange(start, start + tail.rows + 1)]
-        )
+        row_of_token = np.concatenate([np.arange(head, head + length), np.arange(start, start + tail.rows + 1)])
         rows_of[tail.episode][tail.number] = row_of_token.astype(np.int32)
         if tail.keep_last:
             bootstrap_row_E[tail.episode] = start + tail.rows - 1

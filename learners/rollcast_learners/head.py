@@ -67,13 +67,9 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_TD, weight_VD, targets_T, entropy_T, normaliser_T = ctx.saved_tensors
-        gradient = _logit_gradient(
-            targets_T, grad_logprobs_T, grad_entropy_T, entropy_T, normaliser_T, ctx.temperature
-        )
+        gradient = _logit_gradient(targets_T, grad_logprobs_T, grad_entropy_T, entropy_T, normaliser_T, ctx.temperature)
         wants_hidden, wants_weight, *_ = ctx.needs_input_grad
         grad_hidden_TD = torch.zeros_like(hidden_TD) if wants_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=normaliser_T.dtype) if wants_weight else None
@@ -158,9 +154,7 @@ def _accumulate(
             _add_product(grad_weight_VD, logits_CV, hidden_TD[rows])
 
 
-def _replace_by_gradient(
-    logits_CV: Tensor, gradient: _LogitGradient, temperature: float, tiles: list[Tensor]
-) -> None:
+def _replace_by_gradient(logits_CV: Tensor, gradient: _LogitGradient, temperature: float, tiles: list[Tensor]) -> None:
     """Overwrites logits by the loss's gradient with respect to them, a tile at a time."""
     for rows in _spans(len(logits_CV), TILE_ROWS):
         targets_R, chosen_R, constant_R, slope_R = gradient.rows(rows)
@@ -210,9 +204,7 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _check_arguments(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, temperature: float) -> None:
     if not 0 < temperature < float("inf"):
-        raise ValueError(
-            f"temperature is {temperature}; expected a finite number above 0: pass the sampler's"
-        )
+        raise ValueError(f"temperature is {temperature}; expected a finite number above 0: pass the sampler's")
     hidden, weight, targets = tuple(hidden_TD.shape), tuple(weight_VD.shape), tuple(targets_T.shape)
     if len(hidden) != 2 or len(weight) != 2 or hidden[1] != weight[1] or targets != hidden[:1]:
         raise ValueError(

@@ -122,9 +122,7 @@ class Policy(nn.Module):
     def score_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Values of the trained tokens and of the truncated ends, without the head's log-probabilities."""
         hidden_TD = self.hidden(batch)
-        return self.values(hidden_TD.index_select(0, self._tensor(batch.row_N))), self._bootstrap(
-            hidden_TD, batch
-        )
+        return self.values(hidden_TD.index_select(0, self._tensor(batch.row_N))), self._bootstrap(hidden_TD, batch)
 
     def _bootstrap(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
         """No gradient: the bootstrap is a target, not a prediction."""
@@ -146,9 +144,7 @@ class Policy(nn.Module):
                 use_cache=False,
                 packing=packing,
             )
-            logprobs_T, _ = logprobs_and_entropy(
-                output.last_hidden_state[0, :-1], self.head_weight_VD, token_ids_T[1:]
-            )
+            logprobs_T, _ = logprobs_and_entropy(output.last_hidden_state[0, :-1], self.head_weight_VD, token_ids_T[1:])
         return logprobs_T
 
     def published(self) -> Iterator[tuple[str, Tensor]]:

@@ -176,9 +176,7 @@ class PPOLearner:
         """Episodes of each minibatch: all learners draw the same, and each takes those it holds."""
         for epoch in range(self.settings.epochs):
             draw = np.random.default_rng([self.seed, self.steps_done, epoch])
-            part_of = (
-                draw.permutation(batch.episodes_total) * self.settings.minibatches // batch.episodes_total
-            )
+            part_of = draw.permutation(batch.episodes_total) * self.settings.minibatches // batch.episodes_total
             for part in range(self.settings.minibatches):
                 yield np.flatnonzero(part_of[batch.index_E] == part)
 
@@ -246,9 +244,7 @@ class PPOLearner:
         if settings.entropy_coef:
             loss = loss - settings.entropy_coef * token_mean(outputs.entropy_N, mask_N, 1)
         if self.policy.has_values:
-            critic, more = value_loss(
-                outputs.values_N, scored.values_N[at], returns_N, mask_N, settings.value_clip, 1
-            )
+            critic, more = value_loss(outputs.values_N, scored.values_N[at], returns_N, mask_N, settings.value_clip, 1)
             loss = loss + settings.value_coef * critic
             metrics |= more | {"loss/value": critic.detach()}
         if scored.reference_N is not None:

@@ -125,9 +125,7 @@ class LMLearner(TorchLearner):
             if moved is not tensor:
                 tensor.copy_(moved)
 
-    def _update(
-        self, batch: dict[str, Any], **_: Any
-    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def _update(self, batch: dict[str, Any], **_: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         self.result = self.ppo.step(opaque(batch[DEFAULT_MODULE_ID]))
         return {}, {}, {}
 
@@ -142,9 +140,7 @@ def wrap(batch: Batch) -> MultiAgentBatch:
     """A packed batch in the clothes RLlib wants: an object column is the only kind it leaves alone."""
     column = np.empty(1, object)
     column[0] = batch
-    return MultiAgentBatch(
-        {DEFAULT_MODULE_ID: SampleBatch({PACKED: column})}, env_steps=max(batch.trained_tokens, 1)
-    )
+    return MultiAgentBatch({DEFAULT_MODULE_ID: SampleBatch({PACKED: column})}, env_steps=max(batch.trained_tokens, 1))
 
 
 class Learners:

@@ -46,9 +46,7 @@ def load(learner: PPOLearner, folder: Path) -> None:
     _copy(_masters(learner.optimizer), saved, folder)
     learner.optimizer.copy_to_policy()
     scalars = json.loads((folder / "learner.json").read_text(encoding="utf-8"))
-    _load_moments(
-        learner.optimizer, load_file(folder / "optimizer.safetensors", device=device), scalars, folder
-    )
+    _load_moments(learner.optimizer, load_file(folder / "optimizer.safetensors", device=device), scalars, folder)
     learner.steps_done = int(scalars["steps_done"])
     learner.rate_scale = float(scalars["rate_scale"])
     learner.guard.load(scalars["guard"])
@@ -99,9 +97,7 @@ def _shape(tensors: dict[str, Tensor], name: str) -> str:
     return str(tuple(tensors[name].shape)) if name in tensors else "missing"
 
 
-def _load_moments(
-    optimizer: MasterAdamW, saved: dict[str, Tensor], scalars: dict[str, Any], folder: Path
-) -> None:
+def _load_moments(optimizer: MasterAdamW, saved: dict[str, Tensor], scalars: dict[str, Any], folder: Path) -> None:
     step = int(scalars["optimizer_step"])
     optimizer.adamw.state.clear()
     if not step:

@@ -26,11 +26,7 @@ class PlayedGroup:
     @property
     def errors(self) -> list[str]:
         """Why samples of this group cannot be trained on."""
-        return [
-            t.error or "nothing was sampled, or not a finite number"
-            for t in self.trajectories
-            if not usable(t)
-        ]
+        return [t.error or "nothing was sampled, or not a finite number" for t in self.trajectories if not usable(t)]
 
     def staleness(self, version: int) -> int:
         """Published version minus the oldest version in a sample."""

@@ -79,9 +79,7 @@ class ChatCodec:
     def _render(self, messages: Sequence[Message]) -> str:
         if self.tokenizer.chat_template is None:
             return "".join(message["content"] + "\n" for message in messages)
-        text: str = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
-        )
+        text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return text
 
     def _message(self, role: str, content: str) -> Message:

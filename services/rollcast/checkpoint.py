@@ -37,9 +37,7 @@ def save(folder: Path, step: int, trainer: dict[str, Any], write_learner: Callab
     write_learner(partial)
     (partial / TRAINER).write_text(json.dumps(trainer, indent=2) + "\n", encoding="utf-8")
     files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
-    (partial / MANIFEST).write_text(
-        json.dumps({"step": step, "files": files}, indent=2) + "\n", encoding="utf-8"
-    )
+    (partial / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n", encoding="utf-8")
     for path in partial.iterdir():
         _sync_file(path)
     sync_folder(partial)

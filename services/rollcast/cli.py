@@ -77,17 +77,11 @@ def rollcast() -> None:
 )
 def train(
     context: typer.Context,
-    config: Annotated[
-        Path, typer.Argument(metavar="CONFIG.toml", help="Settings of the run (docs/config.md).")
-    ],
-    run: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the run and of its folder.")
-    ] = None,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Settings of the run (docs/config.md).")],
+    run: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run and of its folder.")] = None,
     resume: Annotated[
         str,
-        typer.Option(
-            metavar="auto|never|PATH", help="Go on from the newest checkpoint, from none, or from this one."
-        ),
+        typer.Option(metavar="auto|never|PATH", help="Go on from the newest checkpoint, from none, or from this one."),
     ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: the plan as JSON.")] = False,
@@ -117,9 +111,7 @@ def demo(
     context: typer.Context,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Where all chance starts from.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Learner steps.")] = None,
-    run: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the run and of its folder.")
-    ] = None,
+    run: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run and of its folder.")] = None,
 ) -> None:
     """Watch a small instruct model learn to answer questions, in about ten minutes on two CPU cores.
 

@@ -142,9 +142,7 @@ class RolloutSection(Section):
                 raise _refusal(*_sampling_refusal(".".join(("rollout", "engine_args", *path))))
         for key in OWNED_ENGINE_ARGS.keys() & engine_args.keys():
             path_here = f"rollout.engine_args.{key}"
-            raise _refusal(
-                path_here, "rollcast sets it", f"remove it; what decides is {OWNED_ENGINE_ARGS[key]}"
-            )
+            raise _refusal(path_here, "rollcast sets it", f"remove it; what decides is {OWNED_ENGINE_ARGS[key]}")
         return engine_args
 
     @model_validator(mode="after")
@@ -339,9 +337,7 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[list[str], str]]:
         name, equals, text = word.partition("=")
         keys = name.removeprefix("--").split(".")
         if not name.startswith("--") or len(keys) < 2 or not all(keys):
-            raise ConfigError(
-                f"{word}: is not an override", "it has no section and key", "write --section.key VALUE"
-            )
+            raise ConfigError(f"{word}: is not an override", "it has no section and key", "write --section.key VALUE")
         value = text if equals else next(rest, None)
         if value is None:
             raise ConfigError(f"{name}: has no value", "the command line ends there", f"write {name} VALUE")
@@ -418,9 +414,7 @@ def _explain(detail: ErrorDetails) -> Problem:
         return Problem(f"{header} is missing", "the run needs it", f"add it. {_purpose(path)}".strip())
     if kind in ("model_type", "tuple_type"):
         header = "[[env]]" if path.startswith("env") else f"[{path}]"
-        return Problem(
-            f"{path} is not a section", f"it is {_short(detail)}", f"write {header} above its keys"
-        )
+        return Problem(f"{path} is not a section", f"it is {_short(detail)}", f"write {header} above its keys")
     why = re.sub(r"^(Input|String|Dictionary)\b", "it", detail["msg"])
     return Problem(f"{path} cannot be {_short(detail)}", why, f"change {path}. {_purpose(path)}".strip())
 
@@ -468,9 +462,7 @@ def _nearest(location: Sequence[str | int]) -> str:
 def _known_paths(env: str) -> Iterator[str]:
     yield from RunConfig.model_fields
     for name, section in _sections():
-        yield from (
-            f"{env if name == 'env' else name}.{_key(*item)}" for item in section.model_fields.items()
-        )
+        yield from (f"{env if name == 'env' else name}.{_key(*item)}" for item in section.model_fields.items())
 
 
 def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
@@ -488,18 +480,14 @@ def _field(keys: Sequence[str]) -> FieldInfo | None:
     names = [key for key in keys[1:] if not (keys[0] == "env" and key.isdigit())]
     if section is None or len(names) != 1:
         return None
-    return next(
-        (field for name, field in section.model_fields.items() if _key(name, field) == names[0]), None
-    )
+    return next((field for name, field in section.model_fields.items() if _key(name, field) == names[0]), None)
 
 
 def _purpose(path: str) -> str:
     field = _field(path.split("."))
     if field is None:
         return ""
-    default = (
-        "" if field.is_required() else f" (default {_shown(field.get_default(call_default_factory=True))})"
-    )
+    default = "" if field.is_required() else f" (default {_shown(field.get_default(call_default_factory=True))})"
     return f"It is: {str(field.description).rstrip('.')}{default}."
 
 

@@ -132,9 +132,7 @@ async def play(
         except PromptTooLong as error:
             pool.release(environment)
             return episode.trajectory(f"{prompt.env_id}: {error}")
-        except (
-            BaseException
-        ):  # A dead engine, or cancelled in mid-call: nobody will use this environment again.
+        except BaseException:  # A dead engine, or cancelled in mid-call: nobody will use this environment again.
             environment.close()
             raise
         else:

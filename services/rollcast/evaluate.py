@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
-import rollcast_envs  # noqa: F401  Importing it registers the built-in ids.
 
+import rollcast_envs  # noqa: F401  Importing it registers the built-in ids.
 from rollcast.config import EnvSection, EvalSection
 from rollcast.errors import ConfigError
 from rollcast.fleet import Fleet

@@ -95,9 +95,7 @@ class Fleet:
     def feed(self, allowance: int) -> None:
         """Leases groups to ready workers, the least busy first, until `allowance` groups are outstanding."""
         while self.ledger.outstanding < allowance:
-            free = [
-                w for w, s in self._states.items() if s.ready and s.playing < self.settings.groups_per_worker
-            ]
+            free = [w for w, s in self._states.items() if s.ready and s.playing < self.settings.groups_per_worker]
             if not free:
                 return
             worker = min(free, key=lambda w: self._states[w].playing)
@@ -130,8 +128,10 @@ class Fleet:
 
     # ---- taking
 
-    def gather(self, timeout_s: float = 0.05) -> list[PlayedGroup]:
+    def gather(self, timeout_s: float = 0.1) -> list[PlayedGroup]:
         """Results that have come in; notices lost workers and expired leases on the way."""
+        if not self.manager.num_outstanding_async_reqs():
+            time.sleep(timeout_s)  # The manager would return at once, and this process would spin.
         groups: list[PlayedGroup] = []
         lost: dict[int, RayError] = {}
         for result in self.manager.fetch_ready_async_reqs(timeout_seconds=timeout_s):

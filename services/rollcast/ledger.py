@@ -85,9 +85,10 @@ class Ledger:
 
     def accept(self, lease: Lease) -> bool:
         """Whether a result under this lease counts; its group is then held until its fate is told."""
-        if self._leases.pop(lease.id, None) is None:
+        if self._leases.get(lease.id) != lease:  # Numbers begin anew in a resumed run.
             self._write("refused", lease.group, worker=lease.worker, attempt=lease.attempt)
             return False
+        del self._leases[lease.id]
         self._held.add(lease.group)
         return True
 

@@ -325,16 +325,10 @@ def _worker_needs(config: RunConfig, size: ModelSize) -> Iterator[Need]:
     # vLLM's engine is a process beside its worker.
     processes = 2 if rollout.engine == "vllm" else 1
     if rollout.engine != "scripted":
-        yield Need(
-            "workers: engine weights", place, rollout.workers * _compute_bytes(config) * size.parameters
-        )
-        cache = (
-            rollout.concurrency * rollout.max_model_len * 2 * size.layers * size.keys * _compute_bytes(config)
-        )
+        yield Need("workers: engine weights", place, rollout.workers * _compute_bytes(config) * size.parameters)
+        cache = rollout.concurrency * rollout.max_model_len * 2 * size.layers * size.keys * _compute_bytes(config)
         yield Need("workers: KV cache, all answers full", place, rollout.workers * cache)
-    yield Need(
-        "workers: Python and libraries", "memory", rollout.workers * processes * PROCESS_BYTES, about=True
-    )
+    yield Need("workers: Python and libraries", "memory", rollout.workers * processes * PROCESS_BYTES, about=True)
 
 
 def _checkpoint_bytes(config: RunConfig, size: ModelSize) -> int:

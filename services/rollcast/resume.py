@@ -43,6 +43,7 @@ def choose_start(folder: RunDir, resume: str, report: Callable[[str], None]) -> 
     keep = start.step if found is not None else -1
     metrics.cut(folder.metrics, keep)
     records.cut(folder.rollouts, keep)
+    records.cut(folder.evaluations, keep)
     if found is not None:
         report(f"resuming from {found.path}, step {found.step}")
     return start

@@ -24,6 +24,7 @@ from rollcast.config import RunConfig
 from rollcast.errors import RunDiverged, RunFailed
 from rollcast.evaluate import Evaluation, evaluation_prompts
 from rollcast.fleet import Fleet, FleetSettings
+from rollcast.plot import learning_curve
 from rollcast.probe import probe_tokens
 from rollcast.progress import Progress
 from rollcast.prompts import PromptStream
@@ -36,7 +37,7 @@ from rollcast_learners.batch import collate
 from rollcast_learners.policy import PolicySettings
 from rollcast_learners.ppo import StepResult
 from rollcast_learners.rllib import Learners, LearnerSpec
-from rollcast_learners.types import Sampling, Trajectory, Weights
+from rollcast_learners.types import Sampling, Weights
 
 T = TypeVar("T")
 
@@ -64,15 +65,12 @@ class Run:
         self._last_row = time.monotonic()
         self._fleet_started = False
         self._trained: list[int] = []
-        self.answers: dict[int, list[Trajectory]] = {}
         rollout, learner = config.rollout, config.learner
         self.sampling = Sampling(rollout.temperature, rollout.max_new_tokens)
         self.groups_per_step = learner.prompts_per_step
         self.buffer = TrajectoryBuffer(self.groups_per_step, config.buffer.max_staleness)
         self.ledger = start.ledger(folder, config)
-        self.writer = metrics.MetricsWriter(
-            folder.metrics, folder.tensorboard if config.tracking.tensorboard else None
-        )
+        self.writer = metrics.MetricsWriter(folder.metrics, folder.tensorboard if config.tracking.tensorboard else None)
         questions = evaluation_prompts(config.env, config.eval)
         self._questions = questions if config.eval.every else []
         self._build(start)
@@ -145,9 +143,7 @@ class Run:
         with self.watch("learn"):
             result = self._meanwhile(self._learner_thread.submit(self.learners.step, batch), "the learner")
         if result.diverged is not None:
-            raise RunDiverged(
-                "The run diverged.", result.diverged, "Lower learner.learning_rate, then --resume auto."
-            )
+            raise RunDiverged("The run diverged.", result.diverged, "Lower learner.learning_rate, then --resume auto.")
         self.step += 1
         self._trained = [group.number for group in groups]
         self._figures |= result.metrics
@@ -182,7 +178,7 @@ class Run:
             while not self._evaluation.done(self.fleet):
                 self._feed_and_gather("the evaluation")
         self._held |= self._evaluation.figures()
-        self.answers[self._evaluation.step] = self._evaluation.answers
+        records.write(self.folder.evaluations, self._evaluation.step, self._evaluation.answers)
         self._evaluation = None
         self._write_row()
 
@@ -213,6 +209,7 @@ class Run:
         self.finish_evaluation()
         if self._saved_step != self.step:
             self.save()
+        learning_curve(metrics.read(self.folder.metrics), self.folder.curve, self.config.run.name)
 
     # ---- what the verbs are made of
 
@@ -300,9 +297,7 @@ class Run:
             rates["busy/learner"] = min(lap["learn"] / seconds, 1.0)
         if busy + idle > 0:
             rates["busy/rollout"] = busy / (busy + idle)
-            rates["rollout/tokens_per_s"] = (
-                sum(o.tokens for o in occupations) / (busy + idle) * len(self.fleet.workers)
-            )
+            rates["rollout/tokens_per_s"] = sum(o.tokens for o in occupations) / (busy + idle) * len(self.fleet.workers)
         if loaded:
             rates |= {
                 "sync/load_s": fmean(one.load_s for one in loaded),

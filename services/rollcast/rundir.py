@@ -60,6 +60,10 @@ class RunDir:
         return self.path / "rollouts"
 
     @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -87,7 +91,7 @@ class RunDir:
         """Makes the folders, readable by their owner only. Raises `UsageError` where that cannot be done."""
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for folder in (self.rollouts, self.checkpoints, self.weights, self.logs):
+            for folder in (self.rollouts, self.evaluations, self.checkpoints, self.weights, self.logs):
                 folder.mkdir(exist_ok=True)
         except OSError as error:
             raise UsageError(
@@ -133,9 +137,7 @@ class RunDir:
         """On the disk before the version is announced, so that no number ever means two policies."""
         highest = self.high_water_mark()
         if version <= highest:
-            raise ValueError(
-                f"version {version} is not above {highest}, the highest so far: versions only grow"
-            )
+            raise ValueError(f"version {version} is not above {highest}, the highest so far: versions only grow")
         write_atomic(self.weights / "high_water.json", json.dumps({"version": version}) + "\n")
 
 

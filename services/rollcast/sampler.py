@@ -86,9 +86,7 @@ class ScriptedSampler:
     async def sample(self, token_ids: Sequence[int], sampling: Sampling, request_id: str) -> Completion:
         room = min(sampling.max_new_tokens, self.max_model_len - len(token_ids))
         if room < 1:
-            raise ValueError(
-                f"a prompt of {len(token_ids)} tokens does not fit a context of {self.max_model_len}"
-            )
+            raise ValueError(f"a prompt of {len(token_ids)} tokens does not fit a context of {self.max_model_len}")
         said = [*self.script(token_ids, self.version, random.Random(request_id)), self.eos_token_id][:room]
         versions = []
         for _ in said:

@@ -36,9 +36,7 @@ class TorchSampler:
     async def sample(self, token_ids: Sequence[int], sampling: Sampling, request_id: str) -> Completion:
         room = min(sampling.max_new_tokens, self.max_model_len - len(token_ids))
         if room < 1:
-            raise ValueError(
-                f"a prompt of {len(token_ids)} tokens does not fit a context of {self.max_model_len}"
-            )
+            raise ValueError(f"a prompt of {len(token_ids)} tokens does not fit a context of {self.max_model_len}")
         seed = int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=7).digest(), "big")
         random = torch.Generator().manual_seed(seed)
         said: list[int] = []
@@ -83,9 +81,7 @@ class TorchSampler:
     def _next_token(
         self, new: list[int], cache: Any, temperature: float, random: torch.Generator
     ) -> tuple[int, float, int, Any]:
-        output = self.model(
-            input_ids=torch.tensor([new]), past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        output = self.model(input_ids=torch.tensor([new]), past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits_V: Tensor = output.logits[0, -1].float()
         logprobs_V = torch.log_softmax(logits_V / temperature if temperature > 0 else logits_V, dim=-1)
         if temperature > 0:
@@ -107,9 +103,7 @@ class TorchSampler:
     def _score(self, token_ids: list[int]) -> list[float]:
         ids_T = torch.tensor(token_ids)
         logits_TV = self.model(input_ids=ids_T.unsqueeze(0), use_cache=False).logits[0, :-1].float()
-        scored: list[float] = (
-            torch.log_softmax(logits_TV, -1).gather(-1, ids_T[1:, None]).squeeze(-1).tolist()
-        )
+        scored: list[float] = torch.log_softmax(logits_TV, -1).gather(-1, ids_T[1:, None]).squeeze(-1).tolist()
         return scored
 
 

@@ -3,9 +3,9 @@
 Owns: the engine's start, its requests, its updates, its death, and the shared memory it leaves. Does not know
 text, environments, where weights come from, or Ray.
 
-vLLM's processes read their settings from the environment: `start` sets `OMP_NUM_THREADS` and
-`VLLM_CPU_OMP_THREADS_BIND` while it starts them, and puts the caller's values back. `VLLM_LOGGING_LEVEL` is
-read when vLLM is imported: it is `ERROR` unless the environment says otherwise.
+vLLM's processes read their settings from the environment: `start` sets `VLLM_RPC_BASE_PATH`, and on the CPU
+`OMP_NUM_THREADS` and `VLLM_CPU_OMP_THREADS_BIND`, while it starts them, and puts the caller's values back.
+`VLLM_LOGGING_LEVEL` is read when vLLM is imported: it is `ERROR` unless the environment says otherwise.
 """
 
 import asyncio
@@ -387,9 +387,10 @@ def _arguments(
 @contextmanager
 def _environment(threads: int, sockets: str) -> Iterator[None]:
     """What the engine's processes inherit; a binding that the user chose stays."""
-    wanted = {"OMP_NUM_THREADS": str(threads), "VLLM_RPC_BASE_PATH": sockets}
-    for name, value in (("VLLM_CPU_OMP_THREADS_BIND", "nobind"), ("PYTHONWARNINGS", "ignore")):
-        wanted[name] = os.environ.get(name, value)
+    wanted = {"VLLM_RPC_BASE_PATH": sockets, "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore")}
+    if current_platform.is_cpu():
+        wanted["OMP_NUM_THREADS"] = str(threads)
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     before = dict(os.environ)
     os.environ.update(wanted)
     try:

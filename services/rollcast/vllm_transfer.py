@@ -78,12 +78,13 @@ class RollcastTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self.in_place = loads_in_place(self.model)
+        self.awaited: set[str] = set()
 
     @torch.no_grad()
     def start_weight_update(self) -> None:
         if self.in_place:
-            for layer in self.model.modules():
-                unpack(layer)
+            modules = self.model.named_modules()
+            self.awaited = {f"{name}.weight" for name, layer in modules if unpack(layer)}
         else:
             initialize_layerwise_reload(self.model)
 
@@ -100,10 +101,17 @@ class RollcastTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         segments = tuple(update_info.segments)
         weights = Weights("full", update_info.version, manifest, segments, home="", folder=update_info.folder)
         with one_thread_each():
-            self.model.load_weights(open_tensors(weights, update_info.folder).items())
+            loaded = self.model.load_weights(open_tensors(weights, update_info.folder).items())
+        # A few models do not tell what they loaded.
+        self.awaited = set() if loaded is None else self.awaited - loaded
 
     @torch.no_grad()
     def finish_weight_update(self) -> None:
+        if self.awaited:
+            raise RuntimeError(
+                f"The update left {', '.join(sorted(self.awaited)[:3])} without weights, so the model is unusable. "
+                "Publish every tensor of the policy, and start this engine again."
+            )
         with one_thread_each():
             if not self.in_place:
                 finalize_layerwise_reload(self.model, self.model_config)
@@ -142,12 +150,13 @@ def _is_known(layer: Any) -> bool:
     return type(method) in KNOWN_METHODS and (hasattr(layer, "cpu_linear") or not current_platform.is_cpu())
 
 
-def unpack(layer: Any) -> None:
-    """Gives a layer its parameter back where the CPU backend dropped it for a packed copy."""
+def unpack(layer: Any) -> bool:
+    """Gives a layer its parameter back, still empty, where the CPU backend dropped it for a packed copy."""
     if not hasattr(layer, "cpu_linear") or layer.weight.numel():
-        return
+        return False
     described = get_layerwise_info(layer).restore_metadata[0]["weight"]
     layer.register_parameter("weight", restore_layer_refs(materialize_meta_tensor(described), layer))
+    return True
 
 
 def packed_layers(model: torch.nn.Module) -> list[Any]:

@@ -148,9 +148,7 @@ class StoreHandle:
         """Brings a version to this node and validates it. Raises `WeightsRefused`; the caller releases it when read."""
         folder = await self._local.acquire.remote(weights, reader, self.agents[weights.home])
         if folder is None:
-            raise WeightsRefused(
-                f"version {weights.version} is superseded and gone; a newer one was announced"
-            )
+            raise WeightsRefused(f"version {weights.version} is superseded and gone; a newer one was announced")
         try:
             await asyncio.to_thread(validate, weights, folder, self.specs)
         except InvalidWeights as error:
@@ -187,9 +185,7 @@ class Store:
             name = node["NodeID"]
             if node["Alive"] and name not in self.agents:
                 where = NodeAffinitySchedulingStrategy(name, soft=False)
-                options = ray.remote(NodeAgent).options(
-                    num_cpus=0, scheduling_strategy=where, max_concurrency=64
-                )
+                options = ray.remote(NodeAgent).options(num_cpus=0, scheduling_strategy=where, max_concurrency=64)
                 self.agents[name] = options.remote(self.run, name, self.first_version)
 
     def handle(self, specs: tuple[TensorSpec, ...]) -> StoreHandle:

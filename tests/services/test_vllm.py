@@ -73,8 +73,9 @@ class Policies:
         folder = self.root / f"policy-{seed}"
         return folder if folder.exists() else write_tiny_model(folder, tied=True, seed=seed)
 
-    def publish(self, seed: int) -> Weights:
+    def publish(self, seed: int, without: str = "") -> Weights:
         tensors = load_file(self.folder(seed) / "model.safetensors")
+        tensors.pop(without, None)
         version = next(self.versions)
         arena = Arena(self.shared / str(version), policy_specs(tensors), segment_bytes=128 << 10)
         segments, manifest = arena.write(version, tensors)
@@ -313,14 +314,15 @@ def test_a_killed_engine_is_noticed_and_swept(fresh: "VllmSampler", record: Path
 
 
 def test_a_failed_update_ends_the_engine(engine: "VllmSampler", policies: Policies, run: Run[Any]) -> None:
+    run(engine._engine.collective_rpc("load_in_place", args=(True,)))
     assert run(engine.alive())
-    weights = policies.publish(2)
+    weights = policies.publish(2, without="model.layers.1.mlp.down_proj.weight")
 
     async def fail_in_mid_answer() -> None:
         answering = asyncio.ensure_future(engine.sample(SHORT, Sampling(1.0, 480), "bystander"))
         await asyncio.sleep(0.1)
-        with pytest.raises(EngineDied, match=f"version {weights.version} failed"):
-            await engine.load(weights, weights.folder + "-gone")
+        with pytest.raises(EngineDied, match=r"layers\.1\.mlp\.down_proj\.weight without weights"):
+            await engine.load(weights, weights.folder)
         with pytest.raises(EngineDied, match=f"version {weights.version} failed"):
             await answering
 

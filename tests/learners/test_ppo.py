@@ -1,0 +1,624 @@
+"""The learning step: packing changes nothing, rewards and values are wired right, bad numbers change nothing."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from rollcast_learners import attention
+from rollcast_learners.advantages import moments, whiten
+from rollcast_learners.batch import Batch, collate
+from rollcast_learners.losses import kl
+from rollcast_learners.optimizer import rate_factor
+from rollcast_learners.policy import Policy, PolicySettings
+from rollcast_learners.ppo import PPOLearner
+from rollcast_learners.settings import KLSettings, LearnerSettings
+from rollcast_learners.types import Trajectory
+from trajectories import answer, episode, random_episodes
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+NAN, INF = float("nan"), float("inf")
+NO_CLIP = 1e9
+"""A grad_clip that lets gradients be compared as they are."""
+
+
+@pytest.fixture(scope="module")
+def models(tiny_fp32) -> dict[str, Policy]:
+    """Loaded once; every learner gets copies."""
+    return {critic: Policy(PolicySettings(tiny_fp32, "float32", critic)) for critic in ("head", "none")}
+
+
+@pytest.fixture
+def build(models) -> Callable[..., PPOLearner]:
+    def builder(
+        critic: str = "head", kl_settings: KLSettings | None = None, value: float = 0.0, **settings: Any
+    ) -> PPOLearner:
+        policy = copy.deepcopy(models[critic])
+        with torch.no_grad():  # A critic that already says something, where `value` is not 0.
+            policy.value_head.weight.copy_(value * torch.sin(torch.arange(policy.value_head.in_features)))
+        reference = None
+        if kl_settings is not None:
+            reference = copy.deepcopy(models[critic]).requires_grad_(False)
+            with torch.no_grad():
+                reference.lm.model.layers[0].mlp.down_proj.weight.mul_(-1)
+        return PPOLearner(
+            policy,
+            LearnerSettings(critic=critic, **settings),
+            kl_settings or KLSettings(),
+            temperature=1.0,
+            total_steps=10,
+            reference=reference,
+        )
+
+    return builder
+
+
+def parameters(learner: PPOLearner) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in learner.policy.named_parameters()}
+
+
+def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return all(torch.equal(left[n].view(torch.uint8), right[n].view(torch.uint8)) for n in left)
+
+
+def finite(tensors: dict[str, Tensor]) -> bool:
+    return all(bool(t.isfinite().all()) for t in tensors.values())
+
+
+def gradient(learner: PPOLearner) -> dict[str, Tensor]:
+    """What the last optimiser step was made from."""
+    return {n: g.clone() for n, g in zip(learner.optimizer.names, learner.optimizer.grads, strict=True)}
+
+
+def check_same_step(one: PPOLearner, other: PPOLearner, metrics: dict[str, float], more: dict[str, float]) -> None:
+    assert metrics.keys() == more.keys()
+    for name in metrics:
+        assert metrics[name] == pytest.approx(more[name], rel=1e-5, abs=1e-5), name
+    for name, grad in gradient(one).items():
+        assert_close(gradient(other)[name], grad, **CLOSE, msg=lambda m, n=name: f"gradient of {n}: {m}")
+    for name, p in parameters(one).items():
+        assert_close(parameters(other)[name], p, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# Packing, micro-batches, order.
+
+BATCH = random_episodes(21, groups=4, samples=4)
+FULL = {"value": 0.1, "entropy_coef": 0.01, "value_clip": 0.2, "grad_clip": NO_CLIP}
+
+
+@pytest.mark.parametrize("budget", [1, 7, 30, 60])
+@pytest.mark.parametrize("critic, normalize", [("head", "batch"), ("none", "group"), ("head", "none")])
+def test_microbatches_change_nothing(critic, normalize, budget, build):
+    settings = FULL | {"critic": critic, "normalize_advantages": normalize}
+    whole, parts = build(**settings), build(**settings, microbatch_tokens=budget)
+    batch = collate(BATCH, "bootstrap")
+    assert len(batch.microbatches(budget)) > 1
+    check_same_step(whole, parts, whole.step(batch).metrics, parts.step(batch).metrics)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("applied_as", ["reward", "loss"])
+def test_microbatches_change_nothing_with_a_reference(kind, applied_as, build):
+    kl_settings = KLSettings(kind=kind, coef=0.3, applied_as=applied_as)
+    whole = build(kl_settings=kl_settings, **FULL)
+    parts = build(kl_settings=kl_settings, **FULL, microbatch_tokens=25)
+    batch = collate(BATCH)
+    check_same_step(whole, parts, whole.step(batch).metrics, parts.step(batch).metrics)
+
+
+@pytest.mark.parametrize("budget", [10, 4096])
+def test_the_order_of_trajectories_changes_nothing(budget, build):
+    straight, mixed = build(**FULL, microbatch_tokens=budget), build(**FULL, microbatch_tokens=budget)
+    shuffled = [BATCH[i] for i in np.random.default_rng(0).permutation(len(BATCH))]
+    metrics = straight.step(collate(BATCH)).metrics
+    check_same_step(straight, mixed, metrics, mixed.step(collate(shuffled)).metrics)
+
+
+def test_prefix_sharing_changes_nothing(build):
+    """The same samples, once as one group that shares its prompt and once as groups of their own."""
+    shared = [answer([1, 2, 3], [4 + n, 5, 6], 0.1 * n, number=n) for n in range(6)]
+    alone = [answer([1, 2, 3], [4 + n, 5, 6], 0.1 * n, group=str(n)) for n in range(6)]
+    assert collate(alone).tokens == collate(shared).tokens + 5 * 3
+    one, other = build(**FULL), build(**FULL)
+    check_same_step(one, other, one.step(collate(shared)).metrics, other.step(collate(alone)).metrics)
+
+
+def test_large_families_change_nothing(build, monkeypatch):
+    masked, large = build(**FULL), build(**FULL)
+    metrics = masked.step(collate(BATCH)).metrics
+    monkeypatch.setattr(attention, "LARGEST_MASKED_FAMILY", 0)
+    check_same_step(masked, large, metrics, large.step(collate(BATCH)).metrics)
+
+
+@pytest.mark.parametrize("epochs, minibatches", [(2, 1), (1, 3), (2, 4)])
+def test_microbatches_change_nothing_over_epochs_and_minibatches(epochs, minibatches, build):
+    settings = FULL | {"epochs": epochs, "minibatches": minibatches, "learning_rate": 1e-4}
+    whole, parts = build(**settings), build(**settings, microbatch_tokens=25)
+    batch = collate(BATCH)
+    check_same_step(whole, parts, whole.step(batch).metrics, parts.step(batch).metrics)
+
+
+@pytest.mark.parametrize("epochs, minibatches, learners", [(1, 1, 1), (3, 4, 1), (2, 5, 3), (1, 16, 2)])
+def test_every_token_is_trained_once_an_epoch(epochs, minibatches, learners, build):
+    learner = build(epochs=epochs, minibatches=minibatches)
+    batch = collate(BATCH)
+    seen = np.zeros((epochs, len(batch.target_N)), int)
+    sizes = np.zeros((epochs, minibatches), int)
+    starts = np.cumsum(batch.episode_length_E) - batch.episode_length_E
+    for share in batch.shares(learners):
+        for number, episodes in enumerate(learner._minibatches(share)):
+            epoch, part = divmod(number, minibatches)
+            for at in share.index_E[episodes]:
+                seen[epoch, starts[at] : starts[at] + batch.episode_length_E[at]] += 1
+            sizes[epoch, part] += len(episodes)
+    assert (seen == 1).all()
+    assert sizes.max() - sizes.min() <= 1
+
+
+def test_epochs_and_steps_draw_different_minibatches(build):
+    learner, batch = build(epochs=2, minibatches=2), collate(BATCH)
+    first, _, second, _ = learner._minibatches(batch)
+    assert first.tolist() != second.tolist()
+    learner.steps_done = 1
+    assert next(learner._minibatches(batch)).tolist() != first.tolist()
+
+
+def test_a_minibatch_without_episodes_moves_nothing(build):
+    """More minibatches than episodes: the empty ones are no optimiser steps, not even by momentum."""
+    few, learner = collate(BATCH[:2]), build(minibatches=6)
+    learner.step(few)
+    assert {int(s["step"]) for s in learner.optimizer.adamw.state.values()} == {2}
+
+
+# Rewards, values, advantages.
+
+
+def by_hand(rewards: list[float], values: list[float], bootstrap: float, gamma: float, lam: float) -> list[float]:
+    """GAE by its definition: for each token the sum over all later ones."""
+    deltas = [r + gamma * v_next - v for r, (v, v_next) in zip(rewards, pairwise([*values, bootstrap]), strict=True)]
+    return [sum((gamma * lam) ** k * d for k, d in enumerate(deltas[t:])) for t in range(len(deltas))]
+
+
+@pytest.mark.parametrize("budget", [20, 4096])
+def test_advantages_are_those_of_the_definition(budget, build):
+    """Over turns and streams; the environment's truncation goes on with the critic, termination with 0."""
+    learner = build(value=0.5, normalize_advantages="none", gamma=0.97, lam=0.9, microbatch_tokens=budget)
+    trajectories = [
+        episode([[([1], False), ([2, 3], True), ([4], False), ([5], True)]], [1.0, -0.5]),
+        episode([[([1], False), ([2], True)], [([6, 7], False), ([8, 9], True)]], [0.25, 2.0], number=1),
+        answer([1], [2, 3, 4], 1.0, truncated=True, number=2),
+        answer([5, 1], [3], 1.0, group="1"),
+    ]
+    rewards = [[0, 1.0, -0.5], [0.25, 0, 2.0], [0, 0, 1.0], [1.0]]
+    batch = collate(trajectories)
+    scored = learner._score(batch, torch.from_numpy(batch.rewards_N))
+    with torch.no_grad():
+        values_N, bootstrap_E = learner.policy.score_values(batch)
+    assert bootstrap_E[2] != 0
+    assert bootstrap_E[[0, 1, 3]].abs().max() == 0
+    expected = [
+        by_hand(r, v.tolist(), b, 0.97, 0.9)
+        for r, v, b in zip(rewards, values_N.split(batch.episode_length_E.tolist()), bootstrap_E.tolist(), strict=True)
+    ]
+    assert_close(scored.advantages_N, torch.tensor(sum(expected, [])), **CLOSE)
+    assert_close(scored.returns_N, scored.advantages_N + values_N, **CLOSE)
+    assert_close(scored.values_N, values_N, **CLOSE)
+
+
+def test_batch_normalisation_whitens_what_is_trained(build):
+    learner = build(value=0.5)
+    batch = collate(BATCH, "mask")
+    mask = torch.from_numpy(batch.loss_mask_N)
+    assert not mask.all()
+    scored = learner._score(batch, torch.from_numpy(batch.rewards_N))
+    assert_close(scored.advantages_N[mask].mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    assert_close(scored.advantages_N[mask].std(correction=0), torch.tensor(1.0), atol=1e-5, rtol=0)
+
+
+def test_without_a_critic_group_normalisation_is_grpo(build):
+    rng = np.random.default_rng(1)
+    rewards = rng.normal(size=(3, 4)).round(3)
+    batch = collate(
+        [
+            answer([g], rng.integers(0, 9, rng.integers(1, 9)).tolist(), rewards[g, n], group=str(g), number=n)
+            for g in range(3)
+            for n in range(4)
+        ]
+    )
+    learner = build(critic="none", normalize_advantages="group")
+    scored = learner._score(batch, torch.from_numpy(batch.rewards_N))
+    grpo = (rewards - rewards.mean(1, keepdims=True)) / rewards.std(1, keepdims=True)
+    expected = np.repeat(grpo.ravel(), batch.episode_length_E)
+    assert_close(scored.advantages_N, torch.from_numpy(expected).float(), **CLOSE)
+
+
+def test_rewards_are_clipped_and_counted(build):
+    trajectories = [answer([1], [2, 3], 1e6), answer([1], [4], -3.0, number=1), answer([1], [5], 1.0, number=2)]
+    wild, held = build(reward_clip=2.0), build()
+    metrics = wild.step(collate(trajectories)).metrics
+    assert metrics["guard/clipped_rewards"] == 2
+    tame = [answer([1], [2, 3], 2.0), answer([1], [4], -2.0, number=1), answer([1], [5], 1.0, number=2)]
+    assert held.step(collate(tame)).metrics["loss/value"] == metrics["loss/value"]
+    assert same_bits(parameters(wild), parameters(held))
+
+
+def test_the_first_step_has_the_gradient_of_the_formula(build):
+    """Written out with autograd over the policy's outputs, in one expression."""
+    learner = build(value=0.1, entropy_coef=0.05, value_coef=0.3, grad_clip=NO_CLIP)
+    batch = collate(BATCH)
+    twin = copy.deepcopy(learner.policy)
+    outputs = twin(batch)
+    scored = learner._score(batch, torch.from_numpy(batch.rewards_N))
+    ratio = (outputs.logprobs_N - torch.from_numpy(batch.old_logprobs_N)).exp()
+    advantages = whiten(scored.returns_N - scored.values_N)
+    policy = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages).mean()
+    value = 0.5 * (outputs.values_N - scored.returns_N).square().mean()
+    (policy + 0.3 * value - 0.05 * outputs.entropy_N.mean()).backward()
+    metrics = learner.step(batch).metrics
+    for name, p in twin.named_parameters():
+        assert_close(gradient(learner)[name], p.grad, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+    assert metrics["loss/policy"] == pytest.approx(policy.item(), abs=1e-5)
+    assert metrics["loss/value"] == pytest.approx(value.item(), abs=1e-5)
+    assert metrics["loss/entropy"] == pytest.approx(outputs.entropy_N.mean().item(), abs=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(
+        math.sqrt(sum(p.grad.square().sum().item() for p in twin.parameters())), rel=1e-4
+    )
+    variance = scored.returns_N.var(correction=0)
+    left = (scored.returns_N - scored.values_N).var(correction=0)
+    assert metrics["explained_variance"] == pytest.approx(1 - (left / variance).item(), abs=1e-5)
+
+
+def test_masked_answers_train_nothing(build):
+    """on_length = mask: as if the answer that was cut off had not been played."""
+    cut = answer([9, 9], [8, 7], 5.0, group="9", finish="length")
+    with_cut, without = build(**FULL), build(**FULL)
+    with_cut.step(collate([*BATCH[:4], cut], "mask"))
+    without.step(collate(BATCH[:4], "mask"))
+    for name, grad in gradient(without).items():
+        assert_close(gradient(with_cut)[name], grad, **CLOSE)
+
+
+# KL, critic warm-up, learning rates.
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_kl_as_a_loss(kind, build):
+    """With rewards of 0 the KL is all there is."""
+    learner = build("none", KLSettings(kind=kind, coef=0.7, applied_as="loss"), grad_clip=NO_CLIP)
+    batch = collate([answer([1, 2], [3, 4, 5]), answer([1, 2], [6], number=1)])
+    twin = copy.deepcopy(learner.policy)
+    distance = kl(kind, twin(batch).logprobs_N, learner.reference(batch).logprobs_N).mean()
+    (0.7 * distance).backward()
+    metrics = learner.step(batch).metrics
+    assert metrics["kl/reference"] == pytest.approx(distance.item(), rel=1e-5)
+    for name, p in twin.lm.named_parameters():
+        assert_close(gradient(learner)[f"lm.{name}"], p.grad, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_kl_as_a_reward(kind, build):
+    learner = build("none", KLSettings(kind=kind, coef=0.7, applied_as="reward"), normalize_advantages="none")
+    batch = collate([answer([1, 2], [3, 4, 5], 2.0, logprobs=[-5.0, -6.0, -5.5])])
+    reference = learner.reference(batch).logprobs_N.tolist()
+    d = [old - ref for old, ref in zip([-5.0, -6.0, -5.5], reference, strict=True)]
+    estimate = {"k1": d, "k2": [x * x / 2 for x in d], "k3": [math.exp(-x) - 1 + x for x in d]}[kind]
+    rewards = [-0.7 * estimate[0], -0.7 * estimate[1], 2.0 - 0.7 * estimate[2]]
+    scored = learner._score(batch, torch.from_numpy(batch.rewards_N))
+    assert scored.returns_N.tolist() == pytest.approx([sum(rewards[t:]) for t in range(3)], abs=1e-4)
+    assert "kl/reference" in learner.step(batch).metrics
+
+
+def test_the_reference_stays_as_it_was(build):
+    learner = build("head", KLSettings(kind="k3", coef=0.5, applied_as="loss"))
+    before = {name: p.clone() for name, p in learner.reference.named_parameters()}
+    for _ in range(2):
+        learner.step(collate(BATCH))
+    assert same_bits(before, dict(learner.reference.named_parameters()))
+    assert all(p.grad is None for p in learner.reference.parameters())
+
+
+def test_no_reference_no_kl_figure(build):
+    assert "kl/reference" not in build().step(collate(BATCH)).metrics
+
+
+def test_critic_warm_up_changes_only_the_value_head(build):
+    learner = build(critic_warmup_steps=2, weight_decay=0.1, entropy_coef=0.1, epochs=2)
+    for _ in range(2):
+        before = parameters(learner)
+        learner.step(collate(BATCH))
+        after = parameters(learner)
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed == {"value_head.weight", "value_head.bias"}
+    before = parameters(learner)
+    learner.step(collate(BATCH))
+    assert all(not torch.equal(before[name], p) for name, p in parameters(learner).items())
+
+
+def test_critic_warm_up_without_a_critic_is_none(build):
+    learner, plain = build("none", critic_warmup_steps=3), build("none")
+    learner.step(collate(BATCH))
+    plain.step(collate(BATCH))
+    assert same_bits(parameters(learner), parameters(plain))
+
+
+def test_the_value_head_has_a_learning_rate_of_its_own(build):
+    """AdamW's first step is as long as the learning rate."""
+    learner = build(learning_rate=1e-5, value_learning_rate=0.5)
+    before = parameters(learner)
+    learner.step(collate(BATCH))
+    moved = {name: (p - before[name]).abs().max().item() for name, p in parameters(learner).items()}
+    assert moved["value_head.bias"] == pytest.approx(0.5, rel=1e-3)
+    assert max(d for name, d in moved.items() if name.startswith("lm.")) == pytest.approx(1e-5, rel=2e-2)
+
+
+def test_weight_decay_is_for_the_language_model_alone(build):
+    learner = build(weight_decay=0.5, learning_rate=1e-2, value=1.0)
+    before = parameters(learner)
+    learner.optimizer.step(0.0, 1.0, 1.0)
+    after = parameters(learner)
+    assert_close(after["lm.model.norm.weight"], before["lm.model.norm.weight"] * (1 - 0.5e-2))
+    assert torch.equal(after["value_head.weight"], before["value_head.weight"])
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5]),
+        ("cosine", [0.5, 1.0, 1.0, 0.853553, 0.5]),
+    ],
+)
+def test_learning_rate_schedules(schedule, expected):
+    settings = LearnerSettings(lr_schedule=schedule, warmup_steps=2)
+    factors = [rate_factor(settings, step, total_steps=6) for step in range(5)]
+    assert factors == pytest.approx(expected, abs=1e-6)
+    assert rate_factor(settings, 600, 6) == (1.0 if schedule == "constant" else 0.0)
+
+
+def test_the_learning_rate_told_is_the_one_used(build):
+    learner = build(learning_rate=1e-3, lr_schedule="linear", warmup_steps=2)
+    told, moved = [], []
+    for _ in range(4):
+        before = parameters(learner)
+        told.append(learner.step(collate(BATCH)).metrics["learning_rate"])
+        moved.append(max((p - before[n]).abs().max() for n, p in parameters(learner).items() if n[0] == "l").item())
+    assert told == pytest.approx([5e-4, 1e-3, 1e-3, 8.75e-4])
+    assert moved[0] == pytest.approx(told[0], rel=2e-2)
+    assert moved[1] > 1.5 * moved[0]
+
+
+def test_the_gradient_is_clipped_by_its_global_norm(build):
+    learner = build(grad_clip=1e-3)
+    assert learner.step(collate(BATCH)).metrics["grad_norm"] > 1e-3
+    assert learner.optimizer.flat[:-1].norm() == pytest.approx(1e-3, rel=1e-4)
+
+
+# The numeric guard, end to end.
+
+
+def replaced(batch: Batch, column: str, value: float, at: int = 1) -> Batch:
+    values = getattr(batch, column).copy()
+    values[at] = value
+    return dataclasses.replace(batch, **{column: values})
+
+
+def spoil_weight(learner: PPOLearner, value: float) -> None:
+    with torch.no_grad():
+        learner.policy.lm.model.layers[1].mlp.up_proj.weight[3, 4] = value
+
+
+def spoil_value(learner: PPOLearner, value: float) -> None:
+    with torch.no_grad():
+        learner.policy.value_head.bias.fill_(value)
+
+
+def spoil_gradient(learner: PPOLearner, value: float) -> None:
+    weight = learner.policy.lm.model.layers[0].self_attn.q_proj.weight
+    weight.register_hook(lambda grad: grad.clone().index_fill_(0, torch.tensor([2]), value))
+
+
+@pytest.mark.parametrize("budget", [25, 4096], ids=["parts", "whole"])
+@pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
+@pytest.mark.parametrize("what", ["rewards_N", "old_logprobs_N", spoil_weight, spoil_value, spoil_gradient])
+def test_one_bad_number_and_nothing_moves(what, value, budget, build):
+    if what == "rewards_N" and math.isinf(value):
+        pytest.skip("an infinite reward is clipped like any other")
+    if what == "old_logprobs_N" and math.isinf(value):
+        pytest.skip("an infinite log-ratio is clamped like any other")
+    learner, batch = build(microbatch_tokens=budget), collate(BATCH)
+    learner.step(batch)
+    if callable(what):
+        what(learner, value)
+    else:
+        batch = replaced(batch, what, value)
+    before, moments_before = parameters(learner), copy.deepcopy(learner.optimizer.adamw.state_dict()["state"])
+    result = learner.step(batch)
+    assert same_bits(before, parameters(learner))
+    for name, state in learner.optimizer.adamw.state_dict()["state"].items():
+        for key, tensor in state.items():
+            assert torch.equal(tensor, moments_before[name][key])
+    assert result.metrics["guard/skipped_steps"] == 1
+    assert result.diverged is None
+    assert all(math.isfinite(value) for value in result.metrics.values())
+
+
+def test_after_a_skipped_step_the_next_is_as_if_it_had_not_been(build):
+    learner, twin = build(), build()
+    learner.step(replaced(collate(BATCH), "rewards_N", NAN))
+    learner.step(collate(BATCH))
+    twin.steps_done = 1
+    twin.step(collate(BATCH))
+    assert same_bits(parameters(learner), parameters(twin))
+
+
+def test_only_the_minibatch_with_the_bad_number_is_skipped(build):
+    learner = build(minibatches=4, normalize_advantages="none", critic="none")
+    before = parameters(learner)
+    result = learner.step(replaced(collate(BATCH), "rewards_N", NAN))
+    assert result.metrics["guard/skipped_steps"] == 1
+    assert finite(parameters(learner))
+    assert not same_bits(before, parameters(learner))
+
+
+@pytest.mark.parametrize("value", [INF, -INF, -1000.0, 1e30], ids=str)
+@pytest.mark.parametrize("column", ["rewards_N", "old_logprobs_N"])
+def test_extreme_numbers_are_clamped_and_counted(column, value, build):
+    learner = build()
+    metrics = learner.step(replaced(collate(BATCH), column, value)).metrics
+    assert metrics["guard/skipped_steps"] == 0
+    assert metrics["guard/clipped_rewards" if column == "rewards_N" else "guard/clamped_ratios"] >= 1
+    assert finite(parameters(learner))
+
+
+@pytest.mark.parametrize("settings", [{"value": 1e6}, {"value": 1e6, "value_clip": 0.2}], ids=["plain", "clipped"])
+def test_a_critic_that_is_far_off_is_survived(settings, build):
+    learner = build(**settings)
+    learner.step(collate(BATCH))
+    assert finite(parameters(learner))
+
+
+@pytest.mark.parametrize("applied_as", ["reward", "loss"])
+def test_a_huge_kl_is_survived(applied_as, build):
+    learner = build("head", KLSettings(kind="k3", coef=1000.0, applied_as=applied_as))
+    learner.step(collate(BATCH))
+    assert finite(parameters(learner))
+
+
+def one_much_longer() -> list[Trajectory]:
+    return [answer([1], [2, 3], 1.0), answer([1], list(range(200)), 0.5, number=1)]
+
+
+EDGES = {
+    "one episode": [answer([1, 2], [3, 4], 1.0)],
+    "one token": [answer([1, 2], [3], 1.0)],
+    "one-token answers": [answer([1, 2], [n], float(n % 2), number=n) for n in range(6)],
+    "equal rewards": [answer([1, 2], [n, 5], 0.3, number=n) for n in range(6)],
+    "rewards of zero": [answer([1, 2], [n, 5], 0.0, number=n) for n in range(6)],
+    "all truncated": [answer([1, 2], [n, 5], float(n), truncated=True, number=n) for n in range(6)],
+    "all cut off": [answer([1, 2], [n, 5], float(n), finish="length", number=n) for n in range(6)],
+    "one 100 times longer": one_much_longer(),
+}
+
+
+@pytest.mark.parametrize("on_length", ["zero", "bootstrap", "mask"])
+@pytest.mark.parametrize("critic, normalize", [("head", "batch"), ("none", "group"), ("none", "batch")])
+@pytest.mark.parametrize("name", EDGES)
+def test_edges_train_without_an_undefined_number(name, critic, normalize, on_length, build):
+    learner = build(critic, normalize_advantages=normalize)
+    result = learner.step(collate(EDGES[name], on_length))
+    assert result.diverged is None
+    assert result.metrics["guard/skipped_steps"] == 0
+    assert all(math.isfinite(value) for value in result.metrics.values())
+    assert finite(parameters(learner))
+
+
+@pytest.mark.parametrize("critic, normalize", [("none", "batch"), ("none", "group"), ("head", "group")])
+def test_equal_rewards_teach_the_policy_nothing(critic, normalize, build):
+    learner = build(critic, normalize_advantages=normalize, value_coef=0.0)
+    before = parameters(learner)
+    metrics = learner.step(collate(EDGES["equal rewards"])).metrics
+    assert metrics["grad_norm"] == pytest.approx(0.0, abs=1e-7)
+    assert all(torch.equal(before[n], p) for n, p in parameters(learner).items() if n.startswith("lm."))
+
+
+def test_explained_variance_is_absent_where_returns_do_not_vary(build):
+    assert "explained_variance" not in build().step(collate(EDGES["equal rewards"])).metrics
+    assert "explained_variance" not in build("none").step(collate(BATCH)).metrics
+    assert "explained_variance" in build().step(collate(BATCH)).metrics
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_nothing_to_train_on_moves_nothing(minibatches, build):
+    """All masked, or an empty share: momentum of earlier steps does not move the policy either."""
+    learner = build(minibatches=minibatches)
+    learner.step(collate(BATCH))
+    before = parameters(learner)
+    masked = learner.step(collate(EDGES["all cut off"], "mask"))
+    empty = learner.step(collate(BATCH).select(np.array([], np.intp)))
+    assert same_bits(before, parameters(learner))
+    assert masked.metrics["guard/skipped_steps"] == empty.metrics["guard/skipped_steps"] == 0
+    assert learner.steps_done == 3
+
+
+def test_three_skips_halve_the_rate_and_ten_are_divergence(build):
+    learner, bad = build(learning_rate=1e-4), replaced(collate(BATCH), "rewards_N", NAN)
+    before = parameters(learner)
+    results = [learner.step(bad) for _ in range(10)]
+    assert results[3].metrics["learning_rate"] == pytest.approx(0.5e-4)
+    assert [r.diverged for r in results[:9]] == [None] * 9
+    assert "skipped" in results[9].diverged
+    assert results[9].metrics["guard/skipped_steps"] == 10
+    assert same_bits(before, parameters(learner))
+
+
+def test_a_step_stops_when_the_samples_no_longer_fit(build):
+    """Behaviour KL beyond 10 nats: the remaining epochs are not trained."""
+    learner = build(epochs=5)
+    far = [answer([1, 2], [n, 5], float(n), number=n, logprobs=[-60.0, -60.0]) for n in range(4)]
+    learner.step(collate(far))
+    assert {int(s["step"]) for s in learner.optimizer.adamw.state.values()} == {1}
+
+
+# Learning.
+
+
+def draw(policy: Policy, prompts: list[list[int]], length: int, generator: torch.Generator) -> list[list[int]]:
+    """Samples `length` tokens after each prompt, all of one length, from the policy itself."""
+    rows = torch.tensor(prompts)
+    for _ in range(length):
+        pieces = tuple(attention.Piece(rows.shape[1], (n,), None) for n in range(len(rows)))
+        positions = torch.arange(rows.shape[1]).repeat(len(rows))
+        hidden = policy.lm.base_model(
+            input_ids=rows.reshape(1, -1), position_ids=positions[None], packing=attention.Packing(pieces)
+        ).last_hidden_state[0]
+        last = hidden.view(*rows.shape, -1)[:, -1]
+        choice = torch.multinomial((last @ policy.head_weight_VD.T).softmax(-1), 1, generator=generator)
+        rows = torch.cat([rows, choice], 1)
+    return rows[:, -length:].tolist()
+
+
+@torch.no_grad()
+def play(learner: PPOLearner, generator: torch.Generator, samples: int = 96) -> list[Trajectory]:
+    """Two questions; each has one token that is worth something, and a reward is the share of such tokens."""
+    trajectories = []
+    for group, (prompt, good) in enumerate([([10, 11, 12], 77), ([20, 21, 22], 99)]):
+        answers = draw(learner.policy, [prompt] * samples, 2, generator)
+        group_of = [
+            answer(prompt, ids, ids.count(good) / 2, group=str(group), number=n) for n, ids in enumerate(answers)
+        ]
+        logprobs = learner.policy(collate(group_of)).logprobs_N.view(samples, 2).tolist()
+        trajectories += [
+            answer(prompt, ids, ids.count(good) / 2, group=str(group), number=n, logprobs=logs)
+            for n, (ids, logs) in enumerate(zip(answers, logprobs, strict=True))
+        ]
+    return trajectories
+
+
+def test_it_learns(build):
+    """PPO with its critic finds the two good tokens among 260, from a mean reward of about 0.004."""
+    learner = build(learning_rate=3e-3, value_learning_rate=1e-2, epochs=2, minibatches=2)
+    generator = torch.Generator().manual_seed(0)
+    curve = []
+    for _ in range(120):
+        trajectories = play(learner, generator)
+        curve.append(float(np.mean([t.reward for t in trajectories])))
+        if curve[-1] >= 0.95:
+            break
+        result = learner.step(collate(trajectories))
+        assert result.diverged is None
+    assert curve[0] <= 0.3
+    assert np.mean(curve[-1:]) >= 0.9, curve
+
+
+def test_moments_of_shares_are_those_of_the_batch():
+    """What `reduce` sums over learners."""
+    column = torch.randn(20)
+    assert_close(moments(column[:7]) + moments(column[7:]), moments(column))
