@@ -124,7 +124,24 @@ class Turns(gymnasium.Env[str, str]):
         return f"Question {self.turn}", reward, terminated, truncated, info
 
 
-for _environment in (Broken, Flaky, Turns):
+class Sometimes(gymnasium.Env[str, str]):
+    """Breaks in `step` for the share `p` of all seeds, always for the same ones."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+        self.breaks = False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self.breaks = np.random.default_rng(seed).random() < self.p
+        return "Say anything.", {}
+
+    def step(self, action: str) -> Any:
+        if self.breaks:
+            raise RuntimeError("this seed breaks")
+        return "", float(len(action)) / 100, True, False, {}
+
+
+for _environment in (Broken, Flaky, Turns, Sometimes):
     gymnasium.register(
         f"faulty/{_environment.__name__}-v0",
         entry_point=_environment,

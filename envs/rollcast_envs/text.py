@@ -44,9 +44,7 @@ class TextSpace(Text):
         if mask is not None or probability is not None:
             raise ValueError(f"TextSpace.sample got mask={mask!r}, probability={probability!r}: pass neither")
         count = self.np_random.integers(9)
-        words = [
-            SAMPLE_WORDS[position] for position in self.np_random.integers(len(SAMPLE_WORDS), size=count)
-        ]
+        words = [SAMPLE_WORDS[position] for position in self.np_random.integers(len(SAMPLE_WORDS), size=count)]
         return " ".join(words)[: self.max_length]
 
     def __repr__(self) -> str:
@@ -63,9 +61,7 @@ class TextSpace(Text):
 
 @create_shared_memory.register(TextSpace)
 def _refuse_shared_memory(space: TextSpace, n: int = 1, ctx: Any = None) -> None:
-    raise CustomSpaceError(
-        f"{space} has no fixed size in memory: use AsyncVectorEnv(..., shared_memory=False)"
-    )
+    raise CustomSpaceError(f"{space} has no fixed size in memory: use AsyncVectorEnv(..., shared_memory=False)")
 
 
 class TextEnv(gymnasium.Env[str, str]):
@@ -132,9 +128,7 @@ class TextEnv(gymnasium.Env[str, str]):
     def respond(self, answer: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Judge one answer; return the next turn, the reward, terminated, truncated and info."""
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[str, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
         self._episode_open = False
         observation, info = self.begin(self._index(options or {}))
@@ -164,7 +158,5 @@ class TextEnv(gymnasium.Env[str, str]):
             raise ValueError(f"{self} is endless and has no task {value!r}: choose one with reset(seed=...)")
         whole = hasattr(value, "__index__") and not isinstance(value, bool)
         if not whole or not 0 <= as_integer(value) < self.size:
-            raise ValueError(
-                f"{self}: option 'index' is {value!r}; expected an integer from 0 to {self.size - 1}"
-            )
+            raise ValueError(f"{self}: option 'index' is {value!r}; expected an integer from 0 to {self.size - 1}")
         return as_integer(value)

@@ -133,19 +133,21 @@ class Policy(nn.Module):
             rows = self._tensor(batch.bootstrap_row_E).clamp(min=0)
             return torch.where(known, self.values(hidden_TD.index_select(0, rows)), 0.0)
 
-    def score_tokens(self, token_ids_T: Tensor) -> Tensor:
-        """Log-probabilities of tokens 1..T-1 of one sequence at temperature 1: the probe's reference."""
-        packing = attention.Packing((attention.Piece(len(token_ids_T), (0,), None),))
+    def score_rows(self, token_ids_RL: Tensor) -> Tensor:
+        """Log-probabilities of tokens 1..L-1 of each row at temperature 1, (R, L - 1): the probe's reference."""
+        rows, length = token_ids_RL.shape
+        packing = attention.Packing(tuple(attention.Piece(length, (row,), None) for row in range(rows)))
         with torch.no_grad():
-            positions = torch.arange(len(token_ids_T), device=self.device)
             output = self.lm.base_model(
-                input_ids=token_ids_T.unsqueeze(0),
-                position_ids=positions.unsqueeze(0),
+                input_ids=token_ids_RL.reshape(1, -1),
+                position_ids=torch.arange(length, device=self.device).repeat(rows).unsqueeze(0),
                 use_cache=False,
                 packing=packing,
             )
-            logprobs_T, _ = logprobs_and_entropy(output.last_hidden_state[0, :-1], self.head_weight_VD, token_ids_T[1:])
-        return logprobs_T
+            hidden_RLD = output.last_hidden_state.view(rows, length, -1)[:, :-1]
+            targets = token_ids_RL[:, 1:].reshape(-1)
+            logprobs, _ = logprobs_and_entropy(hidden_RLD.flatten(0, 1), self.head_weight_VD, targets)
+        return logprobs.view(rows, length - 1)
 
     def published(self) -> Iterator[tuple[str, Tensor]]:
         """Named tensors of the language model, each stored tensor once (a tied head is the embedding)."""

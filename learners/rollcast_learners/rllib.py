@@ -243,12 +243,9 @@ def _publish(
 
 
 def _probe(learner: LMLearner, token_ids_RL: NDArray[np.int32]) -> Probe:
-    device = learner.ppo.policy.device
-    rows = [
-        learner.ppo.policy.score_tokens(torch.from_numpy(row.astype(np.int64)).to(device)).cpu().numpy()
-        for row in token_ids_RL
-    ]
-    return Probe(token_ids_RL, np.stack(rows).astype(np.float32))
+    policy = learner.ppo.policy
+    scored_RL = policy.score_rows(torch.from_numpy(token_ids_RL.astype(np.int64)).to(policy.device))
+    return Probe(token_ids_RL, scored_RL.float().cpu().numpy())
 
 
 def _save(learner: LMLearner, folder: str) -> None:

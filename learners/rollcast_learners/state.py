@@ -11,10 +11,12 @@ There is no random state to save: every draw is made from the run's seed and the
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -50,6 +52,14 @@ def load(learner: PPOLearner, folder: Path) -> None:
     learner.steps_done = int(scalars["steps_done"])
     learner.rate_scale = float(scalars["rate_scale"])
     learner.guard.load(scalars["guard"])
+
+
+def export_policy(folder: Path, target: Path, dtype_of: Callable[[str], str]) -> None:
+    """Writes the policy of a saved state as one safetensors file, each tensor in the dtype that its name is given."""
+    with safe_open(folder / "policy.safetensors", "pt") as saved:
+        # One by one, so that the masters are never in memory all at once.
+        tensors = {name: saved.get_tensor(name).to(getattr(torch, dtype_of(name))) for name in sorted(saved.keys())}
+    save_file(tensors, target, metadata={"format": "pt"})
 
 
 def _masters(optimizer: MasterAdamW) -> dict[str, Tensor]:

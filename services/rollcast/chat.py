@@ -83,7 +83,8 @@ class ChatCodec:
         return text
 
     def _message(self, role: str, content: str) -> Message:
-        return {"role": role, "content": self._special.sub(lambda m: m[0][0] + GUARD + m[0][1:], content)}
+        typed = content.replace(GUARD, "")
+        return {"role": role, "content": self._special.sub(lambda m: m[0][0] + GUARD + m[0][1:], typed)}
 
     def _encode(self, text: str) -> list[int]:
         """Special tokens are recognised in the template's text only, never where a guard stands."""

@@ -3,6 +3,7 @@
 Owns: which questions are asked, and figures from the answers. Does not know how they are played or when.
 """
 
+import importlib
 import inspect
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import gymnasium
 
 import rollcast_envs  # noqa: F401  Importing it registers the built-in ids.
 from rollcast.config import EnvSection, EvalSection
+from rollcast.environments import register_environments
 from rollcast.errors import ConfigError
 from rollcast.fleet import Fleet
 from rollcast_learners.types import Prompt, Trajectory
@@ -22,10 +24,10 @@ UNSIZED_QUESTIONS = 64
 
 def evaluation_prompts(envs: Sequence[EnvSection], settings: EvalSection) -> list[Prompt]:
     """Every question of the split, or the first `samples` of it, for each environment."""
-    return [prompt for env in envs for prompt in _prompts_of(env, settings)]
+    return [prompt for number, env in enumerate(envs) for prompt in _prompts_of(number, env, settings)]
 
 
-def _prompts_of(env: EnvSection, settings: EvalSection) -> list[Prompt]:
+def _prompts_of(number: int, env: EnvSection, settings: EvalSection) -> list[Prompt]:
     kwargs = dict(env.kwargs)
     if "split" in inspect.signature(creator_of(env.id)).parameters:
         kwargs["split"] = settings.split
@@ -34,15 +36,19 @@ def _prompts_of(env: EnvSection, settings: EvalSection) -> list[Prompt]:
     made.close()
     count = min(size or UNSIZED_QUESTIONS, settings.samples or size or UNSIZED_QUESTIONS)
     return [
-        Prompt(f"eval.{i}", f"eval.{env.id}.{i}", env.id, i, kwargs, {"index": i} if size else None)
+        Prompt(f"eval.{number}.{i}", f"eval.{number}.{i}", env.id, i, kwargs, {"index": i} if size else None)
         for i in range(count)
     ]
 
 
 def creator_of(env_id: str) -> Any:
     """The class or function that makes the environment. Raises `ConfigError` for an id that nobody registered."""
+    register_environments()
+    module, _, name = env_id.rpartition(":")
     try:
-        entry = gymnasium.spec(env_id).entry_point
+        if module:
+            importlib.import_module(module)
+        entry = gymnasium.spec(name).entry_point
         return gymnasium.envs.registration.load_env_creator(entry) if isinstance(entry, str) else entry
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         known = sorted(name for name in gymnasium.registry if name.startswith("rollcast/"))

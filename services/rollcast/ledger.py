@@ -55,6 +55,7 @@ class Ledger:
         self._pending: list[int] = []
         self._next_group = next_group
         self._next_lease = 0
+        self.refused = 0
         self._journal = journal.open("a", encoding="utf-8")
         if _is_torn(journal):
             self._journal.write("\n")  # What follows must not be glued to half a line and be lost with it.
@@ -86,6 +87,7 @@ class Ledger:
     def accept(self, lease: Lease) -> bool:
         """Whether a result under this lease counts; its group is then held until its fate is told."""
         if self._leases.get(lease.id) != lease:  # Numbers begin anew in a resumed run.
+            self.refused += 1
             self._write("refused", lease.group, worker=lease.worker, attempt=lease.attempt)
             return False
         del self._leases[lease.id]

@@ -97,7 +97,7 @@ class Plan:
 
 def make_plan(config: RunConfig) -> Plan:
     """Looks at the machine. Raises `ConfigError` for what cannot work here."""
-    machine = _look(run_directory(config))
+    machine = look(run_directory(config))
     size = _model_size(config)
     processes = _processes(config)
     needs = tuple(_needs(config, size)) if size else ()
@@ -162,7 +162,8 @@ def _reserved(processes: Sequence[Process]) -> tuple[int, float]:
     return cpus, gpus
 
 
-def _look(run_dir: Path) -> Machine:
+def look(run_dir: Path) -> Machine:
+    """This machine, and what is free where the run directory is to be."""
     free: dict[Place, int] = {"memory": _free_memory(), "disk": shutil.disk_usage(_standing(run_dir)).free}
     if SHARED_MEMORY.is_dir():
         free["shared memory"] = shutil.disk_usage(SHARED_MEMORY).free

@@ -49,8 +49,11 @@ def record(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def write(folder: Path, step: int, trajectories: Iterable[Trajectory]) -> None:
+    """The file appears whole: `rollcast rollouts --follow` may be reading."""
     lines = [json.dumps(record(trajectory)) + "\n" for trajectory in trajectories]
-    (folder / f"step_{step}.jsonl").write_text("".join(lines), encoding="utf-8")
+    partial = folder / f".step_{step}.partial"
+    partial.write_text("".join(lines), encoding="utf-8")
+    partial.replace(folder / f"step_{step}.jsonl")
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -61,11 +64,15 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 def files(folder: Path) -> list[Path]:
     """The files by step, oldest first."""
-    return sorted(folder.glob("step_*.jsonl"), key=lambda path: int(path.stem.removeprefix("step_")))
+    return sorted(folder.glob("step_*.jsonl"), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
 
 
 def cut(folder: Path, step: int) -> None:
     """Removes what was played for steps after the checkpoint a run resumes from."""
     for path in files(folder):
-        if int(path.stem.removeprefix("step_")) > step:
+        if step_of(path) > step:
             path.unlink()

@@ -22,7 +22,7 @@ from rollcast.chat import ChatCodec
 from rollcast.cluster import Dtype
 from rollcast.config import RunConfig
 from rollcast.errors import RunDiverged, RunFailed
-from rollcast.evaluate import Evaluation, evaluation_prompts
+from rollcast.evaluate import Evaluation, creator_of, evaluation_prompts
 from rollcast.fleet import Fleet, FleetSettings
 from rollcast.plot import learning_curve
 from rollcast.probe import probe_tokens
@@ -71,8 +71,9 @@ class Run:
         self.buffer = TrajectoryBuffer(self.groups_per_step, config.buffer.max_staleness)
         self.ledger = start.ledger(folder, config)
         self.writer = metrics.MetricsWriter(folder.metrics, folder.tensorboard if config.tracking.tensorboard else None)
-        questions = evaluation_prompts(config.env, config.eval)
-        self._questions = questions if config.eval.every else []
+        for env in config.env:
+            creator_of(env.id)
+        self._questions = evaluation_prompts(config.env, config.eval) if config.eval.every else []
         self._build(start)
 
     def _build(self, start: Start) -> None:

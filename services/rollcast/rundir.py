@@ -103,7 +103,7 @@ class RunDir:
     def claim(self, address: str, namespace: str) -> None:
         """Writes `run.json`. Raises `UsageError` while another living process of this host owns the run."""
         owner = self.owner()
-        if owner and _alive(owner):
+        if owner and is_alive(owner):
             raise UsageError(
                 f"The run {self.path.name} is being trained already.",
                 f"Process {owner['pid']} on this host owns {self.path}.",
@@ -141,8 +141,8 @@ class RunDir:
         write_atomic(self.weights / "high_water.json", json.dumps({"version": version}) + "\n")
 
 
-def _alive(owner: dict[str, Any]) -> bool:
-    """Whether the recorded process still runs; a pid alone may have been given to another process since."""
+def is_alive(owner: dict[str, Any]) -> bool:
+    """Whether the recorded process of this host still runs; its pid alone may be another process's since."""
     if owner["host"] != socket.gethostname() or owner["pid"] == os.getpid():
         return False
     try:

@@ -10,27 +10,32 @@ import signal
 from pathlib import Path
 
 from rollcast.config import RunConfig
-from rollcast.run import opened
+from rollcast.run import Run, opened
 
 
 def train(config: RunConfig, run_dir: Path, resume: str = "auto") -> None:
     """Runs or resumes a run in `run_dir`. Raises `RollcastError`; `KeyboardInterrupt` after Ctrl-C, saved."""
     with opened(config, run_dir, resume) as run:
-        if run.step == 0:
-            run.evaluate()
-            run.record()
-        while run.goes_on:
-            groups = run.collect()
-            if groups is None:
-                break
-            run.learn(groups)
-            run.publish()
-            if run.is_due(config.eval.every):
-                run.evaluate()
-            run.record()
-            if run.is_due(config.checkpoint.every):
-                run.save()
-        run.finish()
+        loop(run)
         stopped_by = run.stop_signal
     if stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
+
+
+def loop(run: Run) -> None:
+    """From the evaluation before the first step to the last checkpoint."""
+    if run.step == 0:
+        run.evaluate()
+        run.record()
+    while run.goes_on:
+        groups = run.collect()
+        if groups is None:  # Asked to stop while it waited.
+            break
+        run.learn(groups)
+        run.publish()
+        if run.is_due(run.config.eval.every):
+            run.evaluate()
+        run.record()
+        if run.is_due(run.config.checkpoint.every):
+            run.save()
+    run.finish()

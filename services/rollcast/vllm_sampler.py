@@ -50,7 +50,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from rollcast.vllm_transfer import BACKEND, update_info
 
-SEGMENT = r"/dev/shm/psm_\w+$"
+SEGMENT = r"/dev/shm/(?:psm|vllm_dist)_[^/\s]+$"
+"""Message queues, and with tensor parallelism on the CPU the buffers of its collectives."""
 SOCKETS_PREFIX = "rollcast-engine-"
 GIB = 1 << 30
 Result = TypeVar("Result")

@@ -33,13 +33,18 @@ PREFIX = "rollcast-"
 OWNER = "owner.json"
 
 
+def abandoned(root: Path = SHARED_MEMORY) -> list[Path]:
+    """The folders of agents that were killed. An owner is its pid and its start time."""
+    return [owner.parent for owner in root.glob(f"{PREFIX}*/{OWNER}") if not _owner_lives(owner)]
+
+
 def sweep_abandoned(root: Path = SHARED_MEMORY) -> list[Path]:
-    """Removes the folders of agents that were killed, and returns them. An owner is its pid and its start time."""
-    abandoned = [owner.parent for owner in root.glob(f"{PREFIX}*/{OWNER}") if not _owner_lives(owner)]
-    for folder in abandoned:
+    """Removes the folders of agents that were killed, and returns them."""
+    folders = abandoned(root)
+    for folder in folders:
         sweep_dead(folder)
         shutil.rmtree(folder, ignore_errors=True)
-    return abandoned
+    return folders
 
 
 def _owner_lives(owner: Path) -> bool:

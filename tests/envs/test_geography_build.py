@@ -13,9 +13,7 @@ from rollcast_envs.data.geography import KINDS, load_facts
 from rollcast_envs.data.geography.build import WHEEL_SHA256, build_facts, spellings, to_lines
 from rollcast_envs.splits import SPLITS, split_of
 
-CORRECTIONS: dict[str, Any] = json.loads(
-    (files("rollcast_envs.data.geography") / "corrections.json").read_text()
-)
+CORRECTIONS: dict[str, Any] = json.loads((files("rollcast_envs.data.geography") / "corrections.json").read_text())
 CONTINENTS = {"EU": "Europe", "SA": "South America", "NA": "North America", "AS": "Asia"}
 
 
@@ -31,9 +29,7 @@ def country(code: str, name: str, capital: str, continent: str, currency: tuple[
     }
 
 
-def city(
-    number: int, name: str, code: str, people: int, at: tuple[float, float], *other: str
-) -> dict[str, Any]:
+def city(number: int, name: str, code: str, people: int, at: tuple[float, float], *other: str) -> dict[str, Any]:
     return {
         "geonameid": number,
         "name": name,

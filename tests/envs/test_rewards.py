@@ -43,18 +43,14 @@ def official_scores(answer: str, references: list[str]) -> tuple[float, float]:
     return exact, max(official_f1(gold, answer) for gold in gold_answers)
 
 
-words = st.sampled_from(
-    ["the", "a", "An", "Paris", "paris,", "Saint-Denis", "東京", "É", "...", "'", "\n", ""]
-)
+words = st.sampled_from(["the", "a", "An", "Paris", "paris,", "Saint-Denis", "東京", "É", "...", "'", "\n", ""])
 phrases = st.lists(words, max_size=6).map(" ".join)
 texts = phrases | st.text(max_size=20)
 
 
 @given(texts, st.lists(texts, max_size=4))
 def test_both_measures_equal_the_official_ones(answer: str, references: list[str]) -> None:
-    assert (exact_match(answer, references), token_f1(answer, references)) == official_scores(
-        answer, references
-    )
+    assert (exact_match(answer, references), token_f1(answer, references)) == official_scores(answer, references)
 
 
 @given(texts, st.lists(texts, max_size=4))

@@ -44,9 +44,7 @@ class Countdown(TextEnv):
         return {"task_id": f"countdown:{self.start}", "kind": "countdown", "references": []}
 
 
-@pytest.mark.parametrize(
-    "text", ["", "\n", "two\nlines\ttab", "🙂👩‍👩‍👧", "Zürich 東京 مرحبا", "\x00", "x" * 50]
-)
+@pytest.mark.parametrize("text", ["", "\n", "two\nlines\ttab", "🙂👩‍👩‍👧", "Zürich 東京 مرحبا", "\x00", "x" * 50])
 def test_the_space_holds_any_text_up_to_its_length(text: str) -> None:
     assert text in TextSpace(50)
 
@@ -77,9 +75,7 @@ def test_asynchronous_vectors_say_that_shared_memory_does_not_fit() -> None:
         AsyncVectorEnv([Countdown], context="spawn")
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*does not have a spec:UserWarning", "ignore:.*not having a spec:UserWarning"
-)
+@pytest.mark.filterwarnings("ignore:.*does not have a spec:UserWarning", "ignore:.*not having a spec:UserWarning")
 def test_a_subclass_with_two_methods_passes_gymnasiums_checker() -> None:
     check_env(Countdown())
 

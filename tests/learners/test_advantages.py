@@ -34,9 +34,9 @@ def test_gae_equals_rllib_on_1000_random_sequences(compute_value_targets):
         # RLlib wants one step more: its value is the bootstrap after a truncation, gated away after an end.
         ends, cuts = np.zeros((2, tokens + 1))
         (cuts if truncated else ends)[tokens - 1] = 1.0
-        theirs = compute_value_targets(
-            np.append(values, bootstrap), np.append(rewards, 0.0), ends, cuts, gamma, lam
-        )[:tokens]
+        theirs = compute_value_targets(np.append(values, bootstrap), np.append(rewards, 0.0), ends, cuts, gamma, lam)[
+            :tokens
+        ]
         advantages, returns = gae(torch.from_numpy(rewards), torch.from_numpy(values), bootstrap, gamma, lam)
         np.testing.assert_allclose(returns, theirs, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(advantages, theirs - values, rtol=1e-5, atol=1e-5)

@@ -67,9 +67,7 @@ def test_values_and_gradients_equal_full_logits(small_steps, tokens, parts, temp
 
 def test_gradcheck(small_steps):
     hidden, weight, targets = problem(7, torch.float64, vocabulary=11, hidden=3)
-    assert torch.autograd.gradcheck(
-        lambda *inputs: logprobs_and_entropy(*inputs, targets, 0.8), (hidden, weight)
-    )
+    assert torch.autograd.gradcheck(lambda *inputs: logprobs_and_entropy(*inputs, targets, 0.8), (hidden, weight))
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
@@ -160,9 +158,7 @@ def test_temperature_must_be_positive(temperature):
         logprobs_and_entropy(*problem(2, torch.float32), temperature)
 
 
-@pytest.mark.parametrize(
-    "shapes", [((2, 3), (5, 4), (2,)), ((2, 3), (5, 3), (3,)), ((1, 2, 3), (5, 3), (1,))]
-)
+@pytest.mark.parametrize("shapes", [((2, 3), (5, 4), (2,)), ((2, 3), (5, 3), (3,)), ((1, 2, 3), (5, 3), (1,))])
 def test_shapes_must_fit(shapes):
     hidden, weight, targets = (torch.zeros(shape) for shape in shapes)
     with pytest.raises(ValueError, match=r"expected \(T, D\), \(V, D\) and \(T,\)"):
@@ -204,9 +200,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def peak_kib(imports: str, function: str) -> int:
-    program = MEASURE_PEAK.format(
-        path=[str(LEARNERS), str(Path(__file__).parent)], imports=imports, function=function
-    )
+    program = MEASURE_PEAK.format(path=[str(LEARNERS), str(Path(__file__).parent)], imports=imports, function=function)
     finished = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=dict(os.environ)
     )

@@ -75,9 +75,7 @@ def test_policy_loss_equals_numpy_on_1000_random_cases(dtype):
         logprobs, old, advantages, mask = ragged(random)
         if case % 10 == 0:
             old[0] -= 50.0
-            advantages[0] = abs(
-                advantages[0]
-            )  # so that the clip holds exp(20), whose float32 error is no 1e-5
+            advantages[0] = abs(advantages[0])  # so that the clip holds exp(20), whose float32 error is no 1e-5
         low, high = random.uniform(0.05, 0.5, size=2)
         total = int(mask.sum()) + int(random.integers(1, 50))
         arguments = tensors(logprobs, old, advantages, mask, dtype=dtype)
@@ -127,9 +125,7 @@ def test_unmasked_garbage_stays_visible(bad):
     columns[2][3] = bad
     assert not policy_loss(*columns, mask, 0.2, 0.2, 10)[0].isfinite()
     assert not value_loss(*columns, mask, 0.2, 10)[0].isfinite()
-    assert not policy_loss(torch.full((1,), NAN), *torch.zeros(2, 1), torch.ones(1), 0.2, 0.2, 1)[
-        0
-    ].isfinite()
+    assert not policy_loss(torch.full((1,), NAN), *torch.zeros(2, 1), torch.ones(1), 0.2, 0.2, 1)[0].isfinite()
 
 
 @pytest.mark.parametrize("difference", [100.0, -100.0, INF, -INF])

@@ -73,6 +73,13 @@ def finite(tensors: dict[str, Tensor]) -> bool:
     return all(bool(t.isfinite().all()) for t in tensors.values())
 
 
+def assert_same_gradient(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """To 1e-5 of the largest entry of each tensor: most entries are smaller than 1e-5 themselves."""
+    for name, grad in theirs.items():
+        largest = max(grad.abs().max().item(), 1e-6)
+        assert_close(ours[name], grad, rtol=0, atol=1e-5 * largest, msg=lambda m, n=name: f"gradient of {n}: {m}")
+
+
 def gradient(learner: PPOLearner) -> dict[str, Tensor]:
     """What the last optimiser step was made from."""
     return {n: g.clone() for n, g in zip(learner.optimizer.names, learner.optimizer.grads, strict=True)}
@@ -82,8 +89,7 @@ def check_same_step(one: PPOLearner, other: PPOLearner, metrics: dict[str, float
     assert metrics.keys() == more.keys()
     for name in metrics:
         assert metrics[name] == pytest.approx(more[name], rel=1e-5, abs=1e-5), name
-    for name, grad in gradient(one).items():
-        assert_close(gradient(other)[name], grad, **CLOSE, msg=lambda m, n=name: f"gradient of {n}: {m}")
+    assert_same_gradient(gradient(other), gradient(one))
     for name, p in parameters(one).items():
         assert_close(parameters(other)[name], p, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -208,7 +214,7 @@ def test_advantages_are_those_of_the_definition(budget, build):
         by_hand(r, v.tolist(), b, 0.97, 0.9)
         for r, v, b in zip(rewards, values_N.split(batch.episode_length_E.tolist()), bootstrap_E.tolist(), strict=True)
     ]
-    assert_close(scored.advantages_N, torch.tensor(sum(expected, [])), **CLOSE)
+    assert_close(scored.advantages_N, torch.tensor([a for part in expected for a in part]), **CLOSE)
     assert_close(scored.returns_N, scored.advantages_N + values_N, **CLOSE)
     assert_close(scored.values_N, values_N, **CLOSE)
 
@@ -263,8 +269,7 @@ def test_the_first_step_has_the_gradient_of_the_formula(build):
     value = 0.5 * (outputs.values_N - scored.returns_N).square().mean()
     (policy + 0.3 * value - 0.05 * outputs.entropy_N.mean()).backward()
     metrics = learner.step(batch).metrics
-    for name, p in twin.named_parameters():
-        assert_close(gradient(learner)[name], p.grad, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same_gradient(gradient(learner), {name: p.grad for name, p in twin.named_parameters()})
     assert metrics["loss/policy"] == pytest.approx(policy.item(), abs=1e-5)
     assert metrics["loss/value"] == pytest.approx(value.item(), abs=1e-5)
     assert metrics["loss/entropy"] == pytest.approx(outputs.entropy_N.mean().item(), abs=1e-5)
@@ -282,8 +287,7 @@ def test_masked_answers_train_nothing(build):
     with_cut, without = build(**FULL), build(**FULL)
     with_cut.step(collate([*BATCH[:4], cut], "mask"))
     without.step(collate(BATCH[:4], "mask"))
-    for name, grad in gradient(without).items():
-        assert_close(gradient(with_cut)[name], grad, **CLOSE)
+    assert_same_gradient(gradient(with_cut), gradient(without))
 
 
 # KL, critic warm-up, learning rates.
@@ -299,8 +303,7 @@ def test_kl_as_a_loss(kind, build):
     (0.7 * distance).backward()
     metrics = learner.step(batch).metrics
     assert metrics["kl/reference"] == pytest.approx(distance.item(), rel=1e-5)
-    for name, p in twin.lm.named_parameters():
-        assert_close(gradient(learner)[f"lm.{name}"], p.grad, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same_gradient(gradient(learner), {f"lm.{name}": p.grad for name, p in twin.lm.named_parameters()})
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
@@ -426,13 +429,15 @@ def spoil_gradient(learner: PPOLearner, value: float) -> None:
 
 
 @pytest.mark.parametrize("budget", [25, 4096], ids=["parts", "whole"])
-@pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
-@pytest.mark.parametrize("what", ["rewards_N", "old_logprobs_N", spoil_weight, spoil_value, spoil_gradient])
+@pytest.mark.parametrize(
+    "what, value",
+    [
+        ("rewards_N", NAN),  # An infinite one is clipped, an infinite log-ratio clamped: see below.
+        ("old_logprobs_N", NAN),
+        *[(spoil, value) for spoil in (spoil_weight, spoil_value, spoil_gradient) for value in (NAN, INF, -INF)],
+    ],
+)
 def test_one_bad_number_and_nothing_moves(what, value, budget, build):
-    if what == "rewards_N" and math.isinf(value):
-        pytest.skip("an infinite reward is clipped like any other")
-    if what == "old_logprobs_N" and math.isinf(value):
-        pytest.skip("an infinite log-ratio is clamped like any other")
     learner, batch = build(microbatch_tokens=budget), collate(BATCH)
     learner.step(batch)
     if callable(what):
@@ -615,7 +620,7 @@ def test_it_learns(build):
         result = learner.step(collate(trajectories))
         assert result.diverged is None
     assert curve[0] <= 0.3
-    assert np.mean(curve[-1:]) >= 0.9, curve
+    assert curve[-1] >= 0.9, curve
 
 
 def test_moments_of_shares_are_those_of_the_batch():

@@ -131,7 +131,7 @@ FRAGMENTS = st.sampled_from(
 TYPED = st.lists(FRAGMENTS, max_size=6).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(system=TYPED, user=TYPED, answer=TYPED, later=TYPED, trims=st.booleans())
 def test_nothing_typed_adds_or_removes_a_special_token(
     codec: ChatCodec, system: str, user: str, answer: str, later: str, trims: bool

@@ -135,26 +135,20 @@ def test_a_slip_is_told_in_three_lines(
 
 
 @pytest.mark.parametrize("words", [["--foo"], ["--foo=1"], ["--learner", "3"], ["second.toml"], ["-x"]])
-def test_an_unknown_option_is_a_usage_error(
-    file: str, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_option_is_a_usage_error(file: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", file, *words) == 2
     captured = capsys.readouterr()
     assert words[0].split("=")[0] in captured.err
     assert "Traceback" not in captured.err
 
 
-@pytest.mark.parametrize(
-    "words", [["train"], ["nope"], [], ["demo", "--seed", "x"], ["demo", "--steps", "0"]]
-)
+@pytest.mark.parametrize("words", [["train"], ["nope"], [], ["demo", "--seed", "x"], ["demo", "--steps", "0"]])
 def test_usage_errors_exit_with_2(words: list[str]) -> None:
     assert call(*words) == 2
 
 
 def test_ctrl_c_exits_with_130() -> None:
-    code = (
-        "from rollcast import cli\n@cli.app.command()\ndef hit(): raise KeyboardInterrupt\ncli.main(['hit'])"
-    )
+    code = "from rollcast import cli\n@cli.app.command()\ndef hit(): raise KeyboardInterrupt\ncli.main(['hit'])"
     assert in_fresh_python(code).returncode == 130
 
 

@@ -5,7 +5,6 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import gymnasium
 import numpy as np
 import pytest
 
@@ -253,7 +252,6 @@ def test_right_answers_to_real_questions_score_1(codec: ChatCodec) -> None:
         assert trajectory.turns[0].observation == question and trajectory.turns[0].answer == answer
         assert trajectory.reward == pytest.approx(1.0 - 0.001 * len(answer)) and trajectory.terminated
         assert codec.tokenizer.decode(trajectory.streams[0].token_ids_T[:7].tolist()) == "<|im_start|>system"
-    assert gymnasium.spec("rollcast/QA-v0") is not None
 
 
 def test_the_same_prompt_gives_the_same_trajectory(codec: ChatCodec) -> None:

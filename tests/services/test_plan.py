@@ -92,9 +92,7 @@ def test_a_hub_id_is_allowed_without_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["models/none", "/nowhere/at/all", "./a/b", "deploy/none", "none"])
-def test_a_missing_model_folder_is_refused(
-    tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_model_folder_is_refused(tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "deploy").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="there is no model folder"):

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -84,4 +85,4 @@ def test_log_probabilities_are_of_all_but_the_first_token() -> None:
 def test_spans_are_the_runs_of_equal_versions(versions: list[int]) -> None:
     spans = spans_of(versions)
     assert [span.version for span in spans for _ in range(span.start, span.end)] == versions
-    assert all(a.end == b.start and a.version != b.version for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a.end == b.start and a.version != b.version for a, b in pairwise(spans))

@@ -121,11 +121,11 @@ def test_log_probabilities_equal_the_model_s(sampler: TorchSampler, policies: Po
 
 def test_an_answer_ends_where_the_model_ends_it(sampler: TorchSampler) -> None:
     async def many() -> list[Completion]:
-        return await asyncio.gather(*[sampler.sample(PROMPT, Sampling(3.0, 60), str(i)) for i in range(30)])
+        return await asyncio.gather(*[sampler.sample(PROMPT, Sampling(30.0, 60), str(i)) for i in range(24)])
 
     answers = run(many())
     ended = [answer for answer in answers if answer.finish_reason == "stop"]
-    assert ended, "at this temperature one in 260 tokens ends the answer"
+    assert ended, "almost uniform: one in 260 tokens ends the answer"
     for answer in answers:
         ids = answer.token_ids_T.tolist()
         assert EOS not in ids[:-1] and (ids[-1] == EOS) is (answer.finish_reason == "stop")

@@ -103,7 +103,5 @@ def _valid_kinds(kinds: Sequence[str] | None) -> Sequence[str]:
     if kinds is None:
         return KINDS
     if isinstance(kinds, str) or not kinds or not set(kinds) <= set(KINDS):
-        raise ValueError(
-            f"kinds is {kinds!r}; expected a list with some of {', '.join(KINDS)}, or None for all"
-        )
+        raise ValueError(f"kinds is {kinds!r}; expected a list with some of {', '.join(KINDS)}, or None for all")
     return kinds

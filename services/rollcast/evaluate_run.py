@@ -1,0 +1,231 @@
+"""`rollcast eval`: a saved policy answers a split greedily, in this process and without Ray.
+
+Owns: which policy is measured, its engine for that time, and the figures as a table. Does not know how the policy was
+saved (`export.py`), which questions a split has (`evaluate.py`) or how an episode is played (`episode.py`).
+"""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+from rollcast.chat import ChatCodec
+from rollcast.cluster import ENVIRONMENT, compute_dtype
+from rollcast.config import EnvSection, EvalSection, RunConfig
+from rollcast.display import harmless, table
+from rollcast.engine_traces import engine_record
+from rollcast.environments import EnvironmentPool, register_environments
+from rollcast.episode import EpisodeLimits, play
+from rollcast.errors import RunFailed, UsageError
+from rollcast.evaluate import evaluation_prompts, figures, short_name
+from rollcast.export import Exported, Report, export
+from rollcast.runs import Source
+from rollcast.sampler import Sampler
+from rollcast.weights import OWNER, PREFIX, SHARED_MEMORY
+from rollcast_learners.types import Prompt, Sampling, Trajectory
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Which policy was asked what, and how it did. `step` is None for published weights without a checkpoint."""
+
+    run: str
+    step: int | None
+    policy_version: int
+    split: str
+    asked: int
+    errors: int
+    first_error: str | None
+    figures: dict[str, float]
+    """As in metrics.jsonl: `eval/<env>/<metric>` and `eval_kind/<env>/<kind>/<metric>`."""
+    counts: dict[str, int]
+    """Answers by `<env>/<kind>`."""
+
+
+def evaluate_run(
+    source: Source, config: RunConfig, env: str | None, split: str, samples: int, report: Report
+) -> Measured:
+    """Plays the split with the run's engine; without `env`, in the run's own environments.
+
+    Raises `UsageError` for an engine without a model, `RunFailed` when no episode ended well.
+    """
+    if config.rollout.engine == "scripted":
+        raise UsageError(
+            f"The run {source.run.path.name} samples from a script.",
+            "rollout.engine is scripted: its answers do not come from the policy.",
+            "Measure the policy with another engine: --rollout.engine torch, or vllm.",
+        )
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    questions = _questions(config, env, split, samples)
+    with tempfile.TemporaryDirectory(prefix="rollcast-eval-") as folder:
+        policy = export(source, Path(folder) / "policy", None, config, report)
+        with _ended_by_sigterm():
+            answers = asyncio.run(_play(config, policy, questions, report))
+    return _measured(policy, split, answers)
+
+
+def _questions(config: RunConfig, env: str | None, split: str, samples: int) -> list[Prompt]:
+    register_environments()
+    settings = EvalSection(split=split, samples=samples)
+    try:
+        return evaluation_prompts(_environments(config, env), settings)
+    except (ValueError, TypeError) as error:
+        fix = "Correct --split, or the arguments: --env.0.kwargs.KEY VALUE."
+        raise UsageError(f"The split {split!r} cannot be played.", f"The environment says: {error}", fix) from error
+
+
+def _environments(config: RunConfig, env: str | None) -> Sequence[EnvSection]:
+    """The one asked for, made as the run makes it if the run plays it."""
+    if env is None:
+        return config.env
+    played = [section for section in config.env if section.id == env]
+    return played[:1] or [EnvSection(id=env)]
+
+
+def _measured(policy: Exported, split: str, answers: Sequence[Trajectory]) -> Measured:
+    errors = [answer.error for answer in answers if answer.error is not None]
+    if len(errors) == len(answers):
+        cause = f"The first failure was: {errors[0]}" if errors else "The split holds no questions."
+        raise RunFailed("No episode ended well.", cause, "Mend the environment, or ask another with --env.")
+    counts: dict[str, int] = {}
+    for answer in answers:
+        if answer.error is None:
+            place = f"{short_name(answer.prompt.env_id)}/{answer.kind}"
+            counts[place] = counts.get(place, 0) + 1
+    return Measured(
+        run=policy.run,
+        step=policy.step,
+        policy_version=policy.policy_version,
+        split=split,
+        asked=len(answers),
+        errors=len(errors),
+        first_error=errors[0] if errors else None,
+        figures=figures(answers),
+        counts=dict(sorted(counts.items())),
+    )
+
+
+# ---- playing
+
+
+async def _play(config: RunConfig, policy: Exported, questions: Sequence[Prompt], report: Report) -> list[Trajectory]:
+    rollout = config.rollout
+    codec = ChatCodec.from_folder(policy.path, config.model.trust_remote_code)
+    pool = EnvironmentPool(rollout.env_timeout_s)
+    limits = EpisodeLimits(rollout.max_turns, rollout.max_attempts)
+    greedy = Sampling(0.0, rollout.max_new_tokens)
+    free = asyncio.Semaphore(rollout.concurrency)
+    report(f"starting the {rollout.engine} engine with policy version {policy.policy_version}")
+    async with _engine(config, policy) as sampler:
+        report(f"asking {len(questions)} questions")
+
+        async def ask(prompt: Prompt) -> Trajectory:
+            async with free:
+                return await play(prompt, pool, sampler, codec, greedy, limits)
+
+        try:
+            return list(await asyncio.gather(*[ask(prompt) for prompt in questions]))
+        finally:
+            pool.close()
+
+
+@asynccontextmanager
+async def _engine(config: RunConfig, policy: Exported) -> AsyncIterator[Sampler]:
+    """The run's engine on the exported folder."""
+    rollout, dtype = config.rollout, compute_dtype(config)
+    sampler: Sampler
+    if rollout.engine == "torch":
+        from rollcast.torch_sampler import TorchSampler
+
+        sampler = TorchSampler(policy.path, dtype, rollout.max_model_len, config.model.trust_remote_code)
+        sampler.version = policy.policy_version
+        try:
+            yield sampler
+        finally:
+            await sampler.close()
+        return
+    from rollcast.vllm_sampler import VllmSampler
+
+    with _traced() as record:
+        sampler = await VllmSampler.start(
+            policy.path,
+            policy.policy_version,
+            dtype=dtype,
+            max_model_len=rollout.max_model_len,
+            concurrency=rollout.concurrency,
+            tensor_parallel=rollout.tensor_parallel,
+            threads=len(os.sched_getaffinity(0)),
+            engine_args=rollout.engine_args,
+            record=record,
+        )
+        try:
+            yield sampler
+        finally:
+            await sampler.close()
+
+
+@contextmanager
+def _traced() -> Iterator[Path]:
+    """Where the engine is recorded while it lives, owned like a node's folder: should this process be killed, the next
+    run or `rollcast doctor --fix` sweeps up after it."""
+    prefix = f"{PREFIX}eval-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=SHARED_MEMORY) as folder:
+        owner = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+        (Path(folder) / OWNER).write_text(json.dumps(owner), encoding="utf-8")
+        yield Path(folder) / engine_record("eval")
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the engine too; by default it would end this process alone."""
+
+    def leave(*_: Any) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ---- telling it
+
+
+def show(found: Measured, console: Console) -> None:
+    """Metrics by kind of question, one table for each environment."""
+    step = "" if found.step is None else f", step {found.step}"
+    console.print(f"{found.run}{step}, policy version {found.policy_version}: split {found.split}, greedy answers")
+    for env in dict.fromkeys(place.partition("/")[0] for place in found.counts):
+        _show_environment(found, env, console)
+    if found.errors:
+        console.print(f"{found.errors} of {found.asked} episodes failed and are not counted; the first:")
+        console.print(harmless(str(found.first_error)))
+
+
+def _show_environment(found: Measured, env: str, console: Console) -> None:
+    whole = _below(f"eval/{env}/", found.figures)
+    counts = {place.partition("/")[2]: count for place, count in found.counts.items() if place.startswith(f"{env}/")}
+    columns = ("answered", *whole)
+    shown = table(console, env, *columns, right=columns)
+    for kind, count in counts.items():
+        if kind:
+            of_kind = _below(f"eval_kind/{env}/{kind}/", found.figures)
+            shown.add_row(harmless(kind), str(count), *(f"{of_kind[m]:.3f}" if m in of_kind else "" for m in whole))
+    shown.add_section()
+    shown.add_row("all", str(sum(counts.values())), *(f"{value:.3f}" for value in whole.values()))
+    console.print(shown)
+
+
+def _below(prefix: str, rows: dict[str, float]) -> dict[str, float]:
+    return {name.removeprefix(prefix): value for name, value in rows.items() if name.startswith(prefix)}

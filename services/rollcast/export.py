@@ -1,0 +1,225 @@
+"""`rollcast export`: a policy as a plain Hugging Face folder, which transformers and vLLM load.
+
+Owns: which saved policy is meant, and what such a folder holds. Does not know how a policy is saved (`checkpoint.py`,
+`rollcast_learners.state`, `weights.py`) or who loads it.
+
+The newest whole checkpoint is taken: its float32 masters, cast as they are when published. Where no checkpoint is left,
+the published weights of the run folder are. Everything but the tensors comes from the model that training began from.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rollcast import checkpoint
+from rollcast.checkpoint import Checkpoint
+from rollcast.config import RunConfig, load_config
+from rollcast.errors import ConfigError, RollcastError, RunFailed, UsageError
+from rollcast.rundir import RunDir
+from rollcast.runs import Source, read_json
+from rollcast_learners.types import TensorEntry, Weights
+
+Which = Literal["best", "last"]
+Report = Callable[[str], None]
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.gguf", "*.pt", "*.pth")
+NOT_THE_POLICYS = (*WEIGHTS, "*.h5", "*.msgpack", "*.onnx", "README.md", ".*")
+"""Files of a model folder that do not describe the policy: other weights, and the card of another model."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A folder that was written, and which policy it holds. `step` is None for published weights."""
+
+    path: str
+    run: str
+    step: int | None
+    policy_version: int
+
+
+def settings_of(run: RunDir, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run's resolved configuration. Raises `ConfigError` when it cannot be read."""
+    return load_config(run.config, overrides)
+
+
+def export(source: Source, target: Path, which: Which | None, config: RunConfig, report: Report) -> Exported:
+    """Writes the folder `target`, which is new or empty: whole, or not at all."""
+    _refuse_best(source, which)
+    _refuse_occupied(target)
+    base = base_model(config)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+        step, version = _write_policy(source, partial, config, report)
+        _describe(base, partial)
+        partial.chmod(0o755)
+        partial.rename(target)
+    except OSError as error:
+        fix = "Free that path, make room, or name another folder."
+        raise UsageError(f"{target} cannot be written.", f"{type(error).__name__}: {error}", fix) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Exported(str(target), source.run.path.name, step, version)
+
+
+def base_model(config: RunConfig) -> Path:
+    """The folder of the model that training began from; one of the hub is fetched, without its weights.
+
+    Raises `ConfigError` when it is not there.
+    """
+    folder = Path(config.model.path).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(config.model.path, ignore_patterns=list(NOT_THE_POLICYS)))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.path: the model {config.model.path!r}, from which the run began, is not here",
+            f"config.json and tokenizer come from it, and {os.getcwd()} is where it was looked for: {error}",
+            "go to the folder in which training was started, or name the model's with --model.path",
+        ) from error
+
+
+def _refuse_best(source: Source, which: Which | None) -> None:
+    if which is not None and source.checkpoint is not None:
+        why = f"{source.checkpoint} is one checkpoint already."
+        raise UsageError("--which chooses among the checkpoints of a run.", why, "Leave --which out, or name the run.")
+    if which == "best":
+        raise UsageError(
+            f"The run {source.run.path.name} has no best checkpoint.",
+            "None was recorded: no evaluation has chosen one.",
+            "Use --which last, or name a checkpoint such as runs/NAME/checkpoints/step_10.",
+        )
+
+
+def _refuse_occupied(target: Path) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    why = "It holds files." if target.is_dir() else "It is a file."
+    raise UsageError(f"{target} exists already.", f"{why} Nothing is overwritten.", "Name a new or an empty folder.")
+
+
+# ---- the tensors
+
+
+def _write_policy(source: Source, folder: Path, config: RunConfig, report: Report) -> tuple[int | None, int]:
+    """Writes model.safetensors; returns step and policy version."""
+    target = folder / "model.safetensors"
+    found = _checkpoint_of(source, report)
+    if found is None:
+        return None, _copy_published(source.run, target)
+    from rollcast_learners.state import export_policy
+
+    export_policy(found.path, target, _published_dtypes(source.run, config))
+    return found.step, int(found.trainer["policy_version"])
+
+
+def _checkpoint_of(source: Source, report: Report) -> Checkpoint | None:
+    if source.checkpoint is None:
+        return checkpoint.newest(source.run.checkpoints, report)
+    try:
+        return checkpoint.open_checkpoint(source.checkpoint)
+    except ValueError as error:
+        raise RunFailed("The checkpoint is not whole.", str(error), "Name another, or its run.") from error
+
+
+def _published_dtypes(run: RunDir, config: RunConfig) -> Callable[[str], str]:
+    """The dtype of each tensor when it was last published; before that, the one the model computes in here."""
+    published = newest_published(run)
+    if published is None:
+        from rollcast.cluster import compute_dtype
+
+        dtype = compute_dtype(config)
+        return lambda _: dtype
+    dtypes = {entry.name: entry.dtype for entry in published.manifest}
+    return dtypes.__getitem__
+
+
+def newest_published(run: RunDir) -> Weights | None:
+    """The newest policy that lies published in the run folder."""
+    folders = [
+        path for path in run.weights.glob("v*") if path.name[1:].isdigit() and (path / "manifest.json").is_file()
+    ]
+    return _read_published(max(folders, key=lambda path: int(path.name[1:]))) if folders else None
+
+
+def _read_published(folder: Path) -> Weights:
+    manifest = read_json(folder / "manifest.json")
+    try:
+        entries = tuple(_entry(row) for row in manifest["tensors"])
+        version = int(manifest["version"])
+    except (KeyError, TypeError, ValueError) as error:
+        why = f"Its manifest.json cannot be read: {type(error).__name__}: {error}"
+        raise RunFailed(f"{folder} is damaged.", why, f"Remove {folder} and run the same command again.") from error
+    from rollcast_learners.arena import segment_name
+
+    count = 1 + max(entry.segment for entry in entries)
+    return Weights("full", version, entries, tuple(segment_name(version, i) for i in range(count)), "", str(folder))
+
+
+def _entry(row: dict[str, Any]) -> TensorEntry:
+    return TensorEntry(**{**row, "shape": tuple(row["shape"])})
+
+
+def _copy_published(run: RunDir, target: Path) -> int:
+    from safetensors.torch import save_file
+
+    from rollcast_learners.arena import InvalidWeights, TensorSpec, open_tensors, validate
+
+    weights = newest_published(run)
+    if weights is None:
+        raise _nothing_saved(run)
+    try:
+        validate(weights, weights.folder, [TensorSpec(e.name, e.dtype, e.shape) for e in weights.manifest])
+    except InvalidWeights as error:
+        raise RunFailed(
+            f"{weights.folder} is damaged.", str(error), "There is no other copy of this policy."
+        ) from error
+    save_file(open_tensors(weights, weights.folder), target, metadata={"format": "pt"})
+    return weights.version
+
+
+def _nothing_saved(run: RunDir) -> RollcastError:
+    return UsageError(
+        f"The run {run.path.name} has saved no policy.",
+        f"Neither {run.checkpoints} nor {run.weights} holds a whole one.",
+        "Wait for its first checkpoint (checkpoint.every), or stop the run with SIGTERM: it saves one.",
+    )
+
+
+# ---- the rest of the folder
+
+
+def _describe(base: Path, folder: Path) -> None:
+    """Copies configuration, tokenizer and code of the base model; config.json tells the policy's dtype."""
+    ignored = shutil.ignore_patterns(*NOT_THE_POLICYS)
+    files = [path for path in base.iterdir() if path.is_file()]
+    skipped = ignored(str(base), [path.name for path in files])
+    for path in files:
+        if path.name not in skipped:
+            shutil.copyfile(path, folder / path.name)
+    config = read_json(folder / "config.json")
+    config.pop("torch_dtype", None)
+    config["dtype"] = _dtype_of(folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _dtype_of(path: Path) -> str:
+    """Of most bytes: some models keep a few tensors wider."""
+    from rollcast_learners.arena import NAMES
+
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    sizes: dict[str, int] = {}
+    for entry in header.values():
+        begin, end = entry["data_offsets"]
+        sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - begin
+    return NAMES[max(sizes, key=sizes.__getitem__)]

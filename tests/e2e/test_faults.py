@@ -1,0 +1,224 @@
+"""Faults: each test shows that the fault happened, that nothing was lost or trained twice, and that the run went on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rollcast import checkpoint, metrics
+from rollcast.config import RunConfig, load_config
+from rollcast.errors import RunFailed
+from rollcast.run import Run, opened
+from rollcast.rundir import RunDir
+from rollcast.train import loop, train
+
+SCRIPTED = Path(__file__).resolve().parents[2] / "deploy" / "configs" / "scripted.toml"
+
+
+def config_for(folder: Path, model: str, *overrides: str) -> RunConfig:
+    return load_config(SCRIPTED, [f"--model.path={model}", f"--run.dir={folder}", "--eval.every=0", *overrides])
+
+
+def run_with(config: RunConfig, fault: Callable[[Run], None]) -> tuple[RunDir, int]:
+    """Runs until `fault`, which strikes beside it once the first step is done, has seen enough. Returns the steps."""
+    folder = RunDir(Path(config.run.dir) / config.run.name)
+    failures: list[BaseException] = []
+
+    def strike() -> None:
+        try:
+            wait_for(lambda: run.step >= 1, 60)
+            fault(run)
+        except BaseException as error:  # Told in the test's own thread below.
+            failures.append(error)
+        run.stop_signal = signal.SIGTERM
+
+    with opened(config, folder.path, "auto") as run:
+        thread = threading.Thread(target=strike)
+        thread.start()
+        loop(run)
+        thread.join(10)
+    if failures:
+        raise failures[0]
+    return folder, run.step
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def assert_nothing_lost(folder: RunDir, steps: int, groups_per_step: int) -> Counter[str]:
+    """Every group is done once, failed, or back to pending; returns how often each journal event stands there."""
+    events = [json.loads(line) for line in folder.ledger.read_text().splitlines()]
+    done = Counter(event["group"] for event in events if event["event"] == "done")
+    assert len(done) == steps * groups_per_step
+    assert set(done.values()) == {1}, "no group is trained twice"
+    assert metrics.read(folder.metrics)[-1]["step"] == steps
+    return Counter(event["event"] for event in events)
+
+
+@pytest.mark.ray
+def test_a_killed_worker_is_replaced_and_its_leases_return(tmp_path: Path, tiny_bf16: str, ray_cluster: str) -> None:
+    def fault(run: Run) -> None:
+        pid = run.fleet.pids()[0]
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not psutil.pid_exists(pid), 10)
+        wait_for(lambda: run.fleet.restarts == 1 and run.fleet.ready() == 2, 90)
+        assert run.fleet.workers == [1, 2], "worker 0 is gone for good"
+        step = run.step
+        wait_for(lambda: run.step >= step + 3, 60)
+
+    endless = ("--rollout.workers=2", "--run.steps=100000", "--run.name=kill")
+    folder, steps = run_with(config_for(tmp_path, tiny_bf16, *endless), fault)
+    assert_nothing_lost(folder, steps, 2)
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+def test_a_worker_whose_engine_died_is_replaced(tmp_path: Path, tiny_bf16: str, ray_cluster: str) -> None:
+    def fault(run: Run) -> None:
+        worker = psutil.Process(run.fleet.pids()[0])
+        core = next(p for p in worker.children(recursive=True) if "EngineCore" in p.name() + " ".join(p.cmdline()))
+        core.kill()
+        wait_for(lambda: not worker.is_running(), 30)
+        wait_for(lambda: run.fleet.restarts == 1 and run.fleet.ready() == 1, 180)
+        step = run.step
+        wait_for(lambda: run.step >= step + 2, 60)
+
+    endless = ("--rollout.engine=vllm", "--rollout.max_model_len=384", "--run.steps=100000", "--run.name=engine")
+    folder, steps = run_with(config_for(tmp_path, tiny_bf16, *endless), fault)
+    assert_nothing_lost(folder, steps, 2)
+    assert not list(Path("/dev/shm").glob("rollcast-engine-*"))
+
+
+@pytest.mark.ray
+def test_a_late_result_is_refused(tmp_path: Path, tiny_bf16: str, ray_cluster: str) -> None:
+    folder = RunDir(tmp_path / "late")
+
+    def fault(run: Run) -> None:
+        pid = run.fleet.pids()[1]
+        os.kill(pid, signal.SIGSTOP)
+        wait_for(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, 10)
+        wait_for(lambda: run.ledger.leased_to(1) > 0, 10)
+        wait_for(lambda: run.ledger.leased_to(1) == 0, 20)
+        step = run.step
+        wait_for(lambda: run.step >= step + 2, 60)
+        os.kill(pid, signal.SIGCONT)
+        wait_for(lambda: run.ledger.refused > 0, 20)
+
+    endless = ("--rollout.workers=2", "--rollout.lease_s=3", "--run.steps=100000", "--run.name=late")
+    folder, steps = run_with(config_for(tmp_path, tiny_bf16, *endless), fault)
+    events = assert_nothing_lost(folder, steps, 2)
+    assert events["refused"] >= 1 and events["return"] >= 1
+
+
+def command(folder: Path, model: str, *more: str) -> list[str]:
+    words = ["train", str(SCRIPTED), "--model.path", model, "--run.dir", str(folder), "--eval.every", "0"]
+    return [sys.executable, "-m", "rollcast", *words, *more]
+
+
+def of_this_run(folder: Path) -> list[psutil.Process]:
+    """Processes that carry the run's folder in their environment: trainer, Ray and actors alike."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("ROLLCAST_TEST_RUN") == str(folder) and process.pid != os.getpid():
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def start(folder: Path, model: str, *more: str) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "ROLLCAST_TEST_RUN": str(folder)}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(
+        command(folder, model, *more), env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def test_a_killed_trainer_resumes_above_all_earlier_versions(tmp_path: Path, tiny_bf16: str) -> None:
+    folder = RunDir(tmp_path / "killed")
+    trainer = start(tmp_path, tiny_bf16, "--run.steps", "100000", "--checkpoint.every", "2", "--run.name", "killed")
+    wait_for(lambda: (folder.checkpoints / "step_4").exists(), 120)
+    trainer.kill()
+    trainer.wait()
+    wait_for(lambda: not of_this_run(tmp_path), 30)
+    announced = folder.high_water_mark()
+    kept = checkpoint.newest(folder.checkpoints, print)
+    assert kept is not None and announced >= kept.trainer["policy_version"]
+
+    goal = kept.step + 4
+    again = start(tmp_path, tiny_bf16, "--run.steps", str(goal), "--checkpoint.every", "2", "--run.name", "killed")
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output
+    assert f"step {kept.step}" in output
+    rows = metrics.read(folder.metrics)
+    assert [row["step"] for row in rows] == list(range(goal + 1)), "rows after the checkpoint were made again"
+    fresh = [row["policy_version"] for row in rows if row["step"] > kept.step]
+    assert min(fresh) > announced, "no number means two policies"
+    wait_for(lambda: not of_this_run(tmp_path), 30)
+    assert not [path for path in Path("/dev/shm").glob("rollcast-killed-*")], "the resumed run sweeps what was left"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_asked_to_stop_it_saves_and_exits(tmp_path: Path, tiny_bf16: str, number: int, code: int) -> None:
+    folder = RunDir(tmp_path / "asked")
+    trainer = start(tmp_path, tiny_bf16, "--run.steps", "100000", "--checkpoint.every", "1000", "--run.name", "asked")
+    wait_for(lambda: len(metrics.read(folder.metrics)) > 3, 120)
+    asked = time.monotonic()
+    trainer.send_signal(number)
+    output, _ = trainer.communicate(timeout=60)
+    assert trainer.returncode == code, output
+    assert time.monotonic() - asked < 30
+    assert "Traceback" not in output
+    kept = checkpoint.newest(folder.checkpoints, print)
+    assert kept is not None and kept.step == metrics.read(folder.metrics)[-1]["step"]
+    wait_for(lambda: not of_this_run(tmp_path), 30)
+    assert not list(Path("/dev/shm").glob("rollcast-asked-*"))
+
+
+@pytest.mark.ray
+def test_a_corrupt_newest_checkpoint_is_reported_and_the_one_before_used(
+    tmp_path: Path, tiny_bf16: str, ray_cluster: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_for(tmp_path, tiny_bf16, "--checkpoint.every=2", "--run.name=corrupt")
+    folder = RunDir(tmp_path / "corrupt")
+    train(config, folder.path)
+    victim = folder.checkpoints / "step_4" / "policy.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    longer = config.model_copy(update={"run": config.run.model_copy(update={"steps": 6})})
+    train(longer, folder.path)
+    output = capsys.readouterr().out
+    assert "step_4 is not used: policy.safetensors differs from its digest" in " ".join(output.split())
+    assert "step 2" in output
+    assert [row["step"] for row in metrics.read(folder.metrics)] == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.ray
+def test_a_few_bad_episodes_are_counted_and_many_stop_the_run(tmp_path: Path, tiny_bf16: str, ray_cluster: str) -> None:
+    sometimes = ("--env.0.id=faulty_envs:faulty/Sometimes-v0", "--run.steps=6", "--rollout.max_error_share=0.9")
+    folder = RunDir(tmp_path / "some")
+    train(config_for(tmp_path, tiny_bf16, *sometimes, "--env.0.kwargs.p=0.3", "--run.name=some"), folder.path)
+    last = metrics.read(folder.metrics)[-1]
+    assert last["step"] == 6
+    assert last["ledger/failed"] * 4 >= last["dropped/error"] > 0
+
+    always = config_for(
+        tmp_path, tiny_bf16, "--env.0.id=faulty_envs:faulty/Sometimes-v0", "--env.0.kwargs.p=1.0", "--run.name=all"
+    )
+    with pytest.raises(RunFailed, match="The first failure was"):
+        train(always, tmp_path / "all")

@@ -1,0 +1,99 @@
+"""The loop as a person runs it, through real Ray: what it leaves behind, how old its samples are, and that it repeats."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollcast import metrics, records
+from rollcast.config import RunConfig, load_config
+from rollcast.rundir import RunDir
+from rollcast.train import train
+
+SCRIPTED = Path(__file__).resolve().parents[2] / "deploy" / "configs" / "scripted.toml"
+
+
+def config_for(folder: Path, model: str, *overrides: str) -> RunConfig:
+    return load_config(SCRIPTED, [f"--model.path={model}", f"--run.dir={folder}", *overrides])
+
+
+def run_it(config: RunConfig, resume: str = "auto") -> RunDir:
+    folder = RunDir(Path(config.run.dir) / config.run.name)
+    train(config, folder.path, resume)
+    return folder
+
+
+def rollouts(folder: RunDir) -> list[dict[str, Any]]:
+    return [record for path in records.files(folder.rollouts) for record in records.read(path)]
+
+
+@pytest.mark.ray
+def test_a_run_leaves_what_the_documentation_says(tmp_path: Path, tiny_bf16: str, ray_cluster: str) -> None:
+    folder = run_it(config_for(tmp_path, tiny_bf16, "--checkpoint.every=2"))
+    rows = metrics.read(folder.metrics)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert "eval/QA-v0/f1" in rows[0] and "reward/mean" not in rows[0]
+    assert [row["policy_version"] for row in rows] == [0, 1, 2, 3, 4]
+    assert {path.name for path in folder.checkpoints.iterdir()} == {"step_2", "step_4"}
+    assert [path.name for path in records.files(folder.rollouts)] == [f"step_{n}.jsonl" for n in range(1, 5)]
+    assert [path.name for path in records.files(folder.evaluations)] == [f"step_{n}.jsonl" for n in (0, 2, 4)]
+    assert json.loads((folder.weights / "high_water.json").read_text())["version"] == 4
+    assert (folder.weights / "v4" / "manifest.json").exists()
+    assert folder.curve.stat().st_size > 1000
+    assert list(folder.tensorboard.glob("events*"))
+    assert load_config(folder.config).learner.prompts_per_step == 2
+    assert not any(isinstance(value, float) and value != value for row in rows for value in row.values())
+
+
+@pytest.mark.ray
+def test_no_sample_is_older_than_the_bound(tmp_path: Path, tiny_bf16: str, ray_cluster: str) -> None:
+    for bound in (0, 2):
+        config = config_for(tmp_path, tiny_bf16, f"--buffer.max_staleness={bound}", f"--run.name=stale{bound}")
+        rows = metrics.read(run_it(config).metrics)[1:]
+        assert max(row["staleness/max"] for row in rows) <= bound
+        assert rows[-1]["dropped/stale"] == 0, "the admission gate alone keeps samples young enough"
+
+
+@pytest.mark.ray
+def test_every_group_is_trained_once(tmp_path: Path, tiny_bf16: str, ray_cluster: str) -> None:
+    folder = run_it(config_for(tmp_path, tiny_bf16, "--rollout.workers=2"))
+    groups = [record["group"] for record in rollouts(folder)]
+    assert len(groups) == 4 * 2 * 4
+    assert all(groups.count(group) == 4 for group in set(groups)), "the four samples of a group, and no second time"
+    events = [json.loads(line) for line in folder.ledger.read_text().splitlines()]
+    done = [event["group"] for event in events if event["event"] == "done"]
+    assert sorted(done) == sorted(map(int, set(groups)))
+
+
+@pytest.mark.ray
+def test_the_same_seed_gives_the_same_run(tmp_path: Path, tiny_fp32: str, ray_cluster: str) -> None:
+    def figures(name: str) -> tuple[list[dict[str, Any]], str]:
+        folder = run_it(config_for(tmp_path, tiny_fp32, "--buffer.max_staleness=0", f"--run.name={name}"))
+        rows = [{key: row[key] for key in row if key.startswith(("reward", "loss", "kl", "eval", "grad"))}
+                for row in metrics.read(folder.metrics)]  # fmt: skip
+        manifest = json.loads((folder.weights / "v4" / "manifest.json").read_text())
+        return rows, json.dumps([tensor["digest"] for tensor in manifest["tensors"]])
+
+    assert figures("first") == figures("second")
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+def test_ray_and_vllm_and_rllib_end_to_end(tmp_path: Path, tiny_bf16: str, ray_cluster: str) -> None:
+    config = config_for(
+        tmp_path, tiny_bf16, "--rollout.engine=vllm", "--learner.num_learners=1", "--rollout.max_model_len=384"
+    )
+    folder = run_it(config)
+    rows = metrics.read(folder.metrics)
+    assert rows[-1]["step"] == 4
+    gaps = [row["logprob_gap/mean"] for row in rows if "logprob_gap/mean" in row]
+    assert len(gaps) >= 3 and max(gaps) < 0.05
+    played = rollouts(folder)
+    for record in played:
+        stream, turn = record["streams"][0], record["turns"][0]
+        sampled = [i for i, trained in enumerate(stream["trained"]) if trained]
+        assert sampled == list(range(turn["start"], turn["end"]))
+        covered = [i for _, start, end in stream["spans"] for i in range(start, end)]
+        assert covered == sampled, "every sampled token belongs to exactly one policy version"
+        assert all(stream["logprobs"][i] < 0 for i in sampled)
