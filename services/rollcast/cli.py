@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -120,6 +120,183 @@ def demo(
     from rollcast.demo import demo as start
 
     start(seed, steps, run, _overrides(context))
+
+
+Runs = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run below ./runs (or --run.dir), or its folder.")]
+Policies = Annotated[
+    str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run, or a folder checkpoints/step_N of one.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command(cls=WithOverrides, epilog="Example: rollcast status demo")
+def status(
+    context: typer.Context,
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN]", help="Name of a run below ./runs (or --run.dir), or its folder; else the newest."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One screen on a run: step, reward, fleet, versions, staleness, and what waits for what."""
+    from rollcast import display
+    from rollcast import status as told
+    from rollcast.runs import find
+
+    found = told.status(find(run, _only_run_dir(context)))
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+    else:
+        told.show(found, display.screen())
+
+
+@app.command(cls=WithOverrides, epilog="Example: rollcast runs --run.dir /data/runs")
+def runs(context: typer.Context, as_json: AsJson = False) -> None:
+    """All runs of a folder, the newest first."""
+    from rollcast import display
+    from rollcast import status as told
+    from rollcast.runs import known
+
+    base = _only_run_dir(context)
+    lines = [told.line_of(run) for run in known(base)]
+    if as_json:
+        typer.echo(json.dumps([asdict(line) for line in lines], indent=2))
+    elif lines:
+        told.show_all(lines, display.screen())
+    else:
+        typer.echo(f"no runs below {base.absolute()}")
+
+
+@app.command(cls=WithOverrides, epilog="Example: rollcast rollouts demo --step 8 --limit 4")
+def rollouts(
+    context: typer.Context,
+    run: Runs,
+    step: Annotated[int | None, typer.Option(min=0, metavar="N", help="The step to show; else the newest.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Samples of a step to print (16; all of them with --json).")
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on with each step as it comes, until the run ends.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line (docs/files.md).")] = False,
+) -> None:
+    """What was played: prompt, answer, reward, metrics and the policy versions that answered."""
+    from rollcast import display
+    from rollcast.rollouts import rollouts as tell
+    from rollcast.runs import find
+
+    if follow and step is not None:
+        raise UsageError("--follow and --step exclude each other", "one step has no sequel", "leave one of them out")
+    tell(find(run, _only_run_dir(context)), step, limit, follow, as_json, display.screen())
+
+
+@app.command(cls=WithOverrides, epilog="Example: rollcast export demo models/demo-trained")
+def export(
+    context: typer.Context,
+    policy: Policies,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write; it is new or empty.")],
+    which: Annotated[
+        Literal["best", "last"] | None,
+        typer.Option(
+            help="Of a run: the best policy or the last one (default: best where one is recorded, else last)."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a policy as a plain Hugging Face folder, which transformers and vLLM load.
+
+    Any setting of the run can be given as --section.key VALUE, such as --model.path.
+    """
+    from rollcast.export import export as write
+    from rollcast.export import settings_of
+    from rollcast.runs import find_source
+
+    base, overrides = _run_dir(context)
+    source = find_source(policy, base)
+    done = write(source, folder, which, settings_of(source.run, overrides), _report)
+    if as_json:
+        typer.echo(json.dumps(asdict(done)))
+    else:
+        step = "" if done.step is None else f", step {done.step}"
+        typer.echo(f"{done.path}: {done.run}{step}, policy version {done.policy_version}")
+
+
+@app.command("eval", cls=WithOverrides, epilog="Example: rollcast eval demo --env rollcast/QA-v0 --split test")
+def evaluate(
+    context: typer.Context,
+    policy: Policies,
+    env: Annotated[
+        str | None, typer.Option(metavar="ID", help="Environment to play, as rollcast/QA-v0; else the run's own.")
+    ] = None,
+    split: Annotated[str, typer.Option(metavar="NAME", help="Split of the environment's data.")] = "test",
+    samples: Annotated[int, typer.Option(min=0, metavar="N", help="Only the first N questions; 0: the split.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a saved policy on a split: greedy answers, played in this process with the run's engine.
+
+    Any setting of the run can be given as --section.key VALUE, such as --rollout.engine torch.
+    """
+    from rollcast import display
+    from rollcast import evaluate_run as measured
+    from rollcast.export import settings_of
+    from rollcast.runs import find_source
+
+    base, overrides = _run_dir(context)
+    source = find_source(policy, base)
+    found = measured.evaluate_run(source, settings_of(source.run, overrides), env, split, samples, _report)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+    else:
+        measured.show(found, display.screen())
+
+
+@app.command(epilog="Example: rollcast doctor --fix")
+def doctor(
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Remove the shared memory that dead rollcast processes left.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What is wrong with this machine, and what to do. Exit code 1 when a check fails."""
+    from rollcast import display
+    from rollcast import doctor as checks
+
+    found = checks.examine(fix, _report)
+    if as_json:
+        typer.echo(json.dumps([asdict(check) for check in found], indent=2))
+    else:
+        checks.show(found, display.screen())
+    if checks.failed(found):
+        raise typer.Exit(1)
+
+
+def _report(text: str) -> None:
+    """Progress and warnings, beside what a verb prints."""
+    typer.echo(text, err=True)
+
+
+def _run_dir(context: typer.Context) -> tuple[Path, list[str]]:
+    """Where runs lie, and the other overrides."""
+    base, others = Path("runs"), []
+    for word in _overrides(context):
+        name, _, value = word.partition("=")
+        if name == "--run.dir":
+            base = Path(value).expanduser()
+        else:
+            others.append(word)
+    return base, others
+
+
+def _only_run_dir(context: typer.Context) -> Path:
+    base, others = _run_dir(context)
+    if others:
+        name = others[0].partition("=")[0]
+        raise UsageError(
+            f"{name} changes nothing here", "the run is only looked at", "only --run.dir is of use; leave it out"
+        )
+    return base
 
 
 def _overrides(context: typer.Context, run: str | None = None) -> list[str]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import gymnasium
 
-import rollcast_envs  # noqa: F401  Importing it registers the built-in ids.
 from rollcast.config import EnvSection, EvalSection
 from rollcast.environments import register_environments
 from rollcast.errors import ConfigError
