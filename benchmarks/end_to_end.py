@@ -119,7 +119,9 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]).replace(arguments.peer_python, "TRL_ENV/bin/python"),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, no GPU",
-        "ratio_samples_per_s": statistics.median(p["rollcast"]["samples_per_s"] / p["trl"]["samples_per_s"] for p in pairs),
+        "ratio_samples_per_s": statistics.median(
+            p["rollcast"]["samples_per_s"] / p["trl"]["samples_per_s"] for p in pairs
+        ),
         "ratio_cpu_seconds": statistics.median(
             p["rollcast"]["cpu_seconds_per_sample"] / p["trl"]["cpu_seconds_per_sample"] for p in pairs
         ),

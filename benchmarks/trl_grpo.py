@@ -31,7 +31,9 @@ def f1(answer: str, reference: str) -> float:
     return 2 * common / (len(said) + len(right)) if common else 0.0
 
 
-def reward(prompts: list[object], completions: list[list[dict[str, str]]], references: list[list[str]], **_: object) -> list[float]:
+def reward(
+    prompts: list[object], completions: list[list[dict[str, str]]], references: list[list[str]], **_: object
+) -> list[float]:
     answers = [completion[0]["content"] for completion in completions]
     return [max(f1(a, r) for r in rs) - 0.001 * len(a) for a, rs in zip(answers, references, strict=True)]
 

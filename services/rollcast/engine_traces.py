@@ -16,7 +16,8 @@ from pathlib import Path
 
 import psutil
 
-SEGMENT = r"/dev/shm/psm_\w+$"
+SEGMENT = r"/dev/shm/(?:psm|vllm_dist)_[^/\s]+$"
+"""Message queues, and with tensor parallelism on the CPU the buffers of its collectives."""
 SOCKETS_PREFIX = "rollcast-engine-"
 
 

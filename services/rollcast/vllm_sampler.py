@@ -14,12 +14,9 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
-import shutil
 import tempfile
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -27,7 +24,6 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 
 from rollcast.sampler import EngineDied, LoadReport
 from rollcast_learners.types import Completion, FinishReason, Sampling, VersionSpan, Weights
@@ -48,11 +44,9 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from rollcast.engine_traces import SOCKETS_PREFIX, Traces, sweep
 from rollcast.vllm_transfer import BACKEND, update_info
 
-SEGMENT = r"/dev/shm/(?:psm|vllm_dist)_[^/\s]+$"
-"""Message queues, and with tensor parallelism on the CPU the buffers of its collectives."""
-SOCKETS_PREFIX = "rollcast-engine-"
 GIB = 1 << 30
 Result = TypeVar("Result")
 
@@ -65,7 +59,7 @@ class VllmSampler:
         engine: AsyncLLM,
         version: int,
         cores: Sequence[BaseProcess],
-        traces: "Traces",
+        traces: Traces,
         *,
         context: int,
         stops: Sequence[int],
@@ -263,72 +257,6 @@ def stop_token_ids(model_path: str | Path) -> list[int]:
         if stops is not None:
             return list(stops) if isinstance(stops, list) else [int(stops)]
     return []
-
-
-@dataclass(frozen=True)
-class Traces:
-    """What an engine leaves behind when nobody ends it: processes, shared memory, a folder of sockets."""
-
-    processes: tuple[psutil.Process, ...]
-    segments: tuple[str, ...]
-    sockets: str
-
-    @classmethod
-    def of(cls, cores: Iterable[BaseProcess], sockets: str) -> "Traces":
-        found = []
-        for core in cores:
-            with suppress(psutil.NoSuchProcess):
-                process = psutil.Process(core.pid)
-                found += [process, *process.children(recursive=True)]
-        return cls(tuple(found), tuple(engine_segments(found)), sockets)
-
-    def save(self, record: Path) -> None:
-        rows = [[process.pid, process.create_time()] for process in self.processes]
-        draft = record.with_suffix(".writing")
-        draft.write_text(json.dumps({"processes": rows, "segments": self.segments, "sockets": self.sockets}))
-        draft.replace(record)
-
-    def remove(self) -> None:
-        for process in self.processes:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(self.processes, timeout=10)
-        for segment in self.segments:
-            Path(segment).unlink(missing_ok=True)
-        shutil.rmtree(self.sockets, ignore_errors=True)
-
-
-def engine_segments(processes: Iterable[psutil.Process]) -> list[str]:
-    """The segments of shared memory that these processes map: vLLM draws their names at random."""
-    found = set()
-    for process in processes:
-        with suppress(OSError):
-            found |= set(re.findall(SEGMENT, Path(f"/proc/{process.pid}/maps").read_text(), re.MULTILINE))
-    return sorted(found)
-
-
-def sweep(record: Path) -> list[str]:
-    """Ends what is left of the engine recorded in this file, and removes and returns its shared memory.
-
-    For the successor of an owner that was killed. A process is known by its id and its time of creation, so
-    that a stranger with a recycled id is left alone.
-    """
-    if not record.exists():
-        return []
-    content = json.loads(record.read_text())
-    segments = tuple(name for name in content["segments"] if re.fullmatch(SEGMENT, name))
-    sockets = content["sockets"] if Path(content["sockets"]).name.startswith(SOCKETS_PREFIX) else ""
-    Traces(tuple(_same_processes(content["processes"])), segments, sockets).remove()
-    record.unlink()
-    return list(segments)
-
-
-def _same_processes(rows: Iterable[tuple[int, float]]) -> Iterator[psutil.Process]:
-    for pid, created in rows:
-        with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            if process.create_time() == created:
-                yield process
 
 
 async def _start_engine(

@@ -169,7 +169,7 @@ def test_a_killed_trainer_resumes_above_all_earlier_versions(tmp_path: Path, tin
     fresh = [row["policy_version"] for row in rows if row["step"] > kept.step]
     assert min(fresh) > announced, "no number means two policies"
     wait_for(lambda: not of_this_run(tmp_path), 30)
-    assert not [path for path in Path("/dev/shm").glob("rollcast-killed-*")], "the resumed run sweeps what was left"
+    assert not list(Path("/dev/shm").glob("rollcast-killed-*")), "the resumed run sweeps what was left"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

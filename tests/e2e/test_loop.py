@@ -1,4 +1,4 @@
-"""The loop as a person runs it, through real Ray: what it leaves behind, how old its samples are, and that it repeats."""
+"""The loop as a person runs it, through real Ray: what it leaves behind, how old its samples are, that it repeats."""
 
 import json
 from pathlib import Path

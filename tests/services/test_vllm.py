@@ -288,7 +288,7 @@ def test_cached_prompts_are_of_one_version(
 
 
 def test_a_killed_engine_is_noticed_and_swept(fresh: "VllmSampler", record: Path, run: Run[Any]) -> None:
-    from rollcast.vllm_sampler import sweep
+    from rollcast.engine_traces import sweep
 
     core = next(process for process in fresh._traces.processes if "EngineCore" in process.name())
 

@@ -1,4 +1,4 @@
-"""The weight store: bytes written once and mapped, a copy on another node, and bad policies refused before the engine."""
+"""The weight store: bytes written once and mapped, a copy on another node, bad policies refused before the engine."""
 
 import asyncio
 from collections.abc import Callable, Iterator
