@@ -80,7 +80,8 @@ class TrajectoryBuffer:
         return len(self._groups) >= self.groups_per_step
 
     def take(self) -> list[PlayedGroup]:
-        """The oldest groups of one step."""
+        """The groups of one step: those of the oldest policy first, whenever they arrived."""
+        self._groups = deque(sorted(self._groups, key=lambda group: group.oldest_version))
         return [self._groups.popleft() for _ in range(self.groups_per_step)]
 
     def __len__(self) -> int:

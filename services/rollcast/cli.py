@@ -135,7 +135,7 @@ def status(
     run: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN]", help="Name of a run below ./runs (or --run.dir), or its folder; else the newest."
+            metavar="RUN", help="Name of a run below ./runs (or --run.dir), or its folder; else the newest."
         ),
     ] = None,
     as_json: AsJson = False,

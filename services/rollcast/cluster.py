@@ -27,10 +27,14 @@ ENVIRONMENT = {
 }
 
 
+# On import, since torch and transformers read them when they are imported: run.py imports this file first.
+for _name, _value in ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+
 @contextmanager
 def connected(config: RunConfig) -> Iterator[str]:
     """Connects to Ray for the time of a run and gives the cluster's address. A cluster of its own ends with it."""
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     if ray.is_initialized():  # A caller's own session: tests, notebooks.
         yield ray.get_runtime_context().gcs_address
         return

@@ -22,6 +22,7 @@ from rollcast.config import RunConfig, load_config
 from rollcast.errors import UsageError
 from rollcast.plan import run_directory
 from rollcast.rundir import RunDir
+from rollcast.status import seconds_by_stage
 from rollcast.train import train
 
 CONFIG = Path(__file__).resolve().parents[2] / "deploy" / "configs" / "demo.toml"
@@ -145,15 +146,10 @@ def _answer(record: dict[str, Any]) -> str:
 
 def stages_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Seconds of the trainer by stage, over the whole run."""
-    totals: dict[str, float] = defaultdict(float)
-    for row in rows:
-        for name, value in row.items():
-            if name.startswith("time/"):
-                totals[name.removeprefix("time/").removesuffix("_s").replace("_", " ")] += value
     table = Table(title="Seconds by stage (workers play all the while)")
     table.add_column("stage")
     table.add_column("seconds", justify="right")
-    for stage, seconds in sorted(totals.items(), key=lambda item: -item[1]):
+    for stage, seconds in seconds_by_stage(rows).items():
         table.add_row(stage, f"{seconds:.1f}")
     return table
 

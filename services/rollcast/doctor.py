@@ -62,7 +62,7 @@ class Check:
 def examine(fix: bool, report: Callable[[str], None]) -> list[Check]:
     """Every check, in the order in which a machine is set up. `fix` removes what dead processes left behind."""
     machine = look(Path("runs").absolute())
-    importable = dict(_imports(report))
+    importable = dict(_imports(IMPORTED, IMPORT_LIMIT_S, report))
     checks = [_python(), *_packages(), *importable.values(), _bfloat16(machine), _cpus(machine), _memory(machine)]
     checks += [_shared_memory(machine), _leftovers(importable, fix), _gpus(machine)]
     checks += [_ray_address(), _ray_auth(), *_token_file(), *_open_doors(), _disk(machine), _ray_disk(), _demo_model()]
@@ -130,21 +130,19 @@ def _installed(name: str) -> Version | None:
         return None
 
 
-def _imports(report: Callable[[str], None]) -> Iterator[tuple[str, Check]]:
+def _imports(names: Sequence[str], limit_s: float, report: Callable[[str], None]) -> Iterator[tuple[str, Check]]:
     """Each module imported by a child process: a broken build may hang, or end the process that imports it."""
-    modules = [name for name in IMPORTED if importlib.util.find_spec(name) is not None]
-    report(f"importing {', '.join(modules)} (at most {IMPORT_LIMIT_S:.0f} s)")
+    modules = [name for name in names if importlib.util.find_spec(name) is not None]
+    report(f"importing {', '.join(modules)} (at most {limit_s:.0f} s)")
     script = (
         "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name); print(name, flush=True)"
     )
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", script, *modules], capture_output=True, text=True, timeout=IMPORT_LIMIT_S
-        )
+        done = subprocess.run([sys.executable, "-c", script, *modules], capture_output=True, text=True, timeout=limit_s)
         said, wrong = done.stdout, _last_line(done.stderr) or f"it ended with exit code {done.returncode}"
     except subprocess.TimeoutExpired as error:
         said = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
-        wrong = f"it took more than {IMPORT_LIMIT_S:.0f} s"
+        wrong = f"it took more than {limit_s:.0f} s"
     imported = set(said.split())
     for name in modules:
         if name in imported:

@@ -57,7 +57,6 @@ def export(source: Source, target: Path, which: Which | None, config: RunConfig,
         partial.mkdir(parents=True)
         step, version = _write_policy(source, partial, config, report)
         _describe(base, partial)
-        partial.chmod(0o755)
         partial.rename(target)
     except OSError as error:
         fix = "Free that path, make room, or name another folder."
@@ -209,6 +208,8 @@ def _describe(base: Path, folder: Path) -> None:
     config.pop("torch_dtype", None)
     config["dtype"] = _dtype_of(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # safetensors writes for the owner alone; who may read the folder may read its tensors.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 def _dtype_of(path: Path) -> str:

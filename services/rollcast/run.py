@@ -357,6 +357,13 @@ def learner_spec(config: RunConfig, dtype: Dtype) -> LearnerSpec:
     )
 
 
+def resolved(config: RunConfig) -> RunConfig:
+    """As it is written beside the run: a model folder by its absolute path, readable from any other folder."""
+    folder = Path(config.model.path)
+    path = str(folder.resolve()) if folder.is_dir() else config.model.path
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+
+
 @contextmanager
 def opened(config: RunConfig, path: Path, resume: str) -> Iterator[Run]:
     """A run from its first process to its last. Signals ask it to stop; a second Ctrl-C does not wait."""
@@ -366,7 +373,7 @@ def opened(config: RunConfig, path: Path, resume: str) -> Iterator[Run]:
         folder.claim(address, cluster.NAMESPACE)
         progress = Progress(folder.path / "status.json", config.run.steps)
         start = choose_start(folder, resume, progress.say)
-        folder.config.write_text(config.to_toml(), encoding="utf-8")
+        folder.config.write_text(resolved(config).to_toml(), encoding="utf-8")
         progress.start()
         try:
             run = Run(config, folder, start, progress)

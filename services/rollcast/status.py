@@ -170,7 +170,7 @@ def _headline(found: RunStatus) -> Text:
         text.append(f" on {found.host}, process {found.pid}", style="not bold")
     if found.started is not None:
         text.append(f", started {moment(found.started)}", style="not bold")
-    if found.heard_s is not None:
+    if found.heard_s is not None and found.state in ("running", "unknown"):
         text.append(f", heard {found.heard_s:,.0f} s ago", style="not bold dim")
     return text
 
