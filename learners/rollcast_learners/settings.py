@@ -56,7 +56,7 @@ class LearnerSettings(Settings):
     """Lambda of generalized advantage estimation."""
     critic: Literal["head", "none"] = "head"
     """A value head on the policy's trunk, or no value function at all."""
-    value_learning_rate: float = Field(default=1e-3, gt=0)
+    value_learning_rate: float = Field(default=2e-4, gt=0)
     """AdamW's learning rate for the value head."""
     value_clip: float | None = Field(default=None, gt=0)
     """Clip of the value's change against the value before the update; absent means no clip."""

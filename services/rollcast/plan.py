@@ -143,7 +143,6 @@ def _processes(config: RunConfig) -> tuple[Process, ...]:
     trainer = "the loop, ledger, versions, checkpoints" + ("" if group else f"; learns itself ({learns})")
     return (
         Process("trainer", 1, 0, 0, trainer),
-        Process("control", 1, 0, 0, "status and requests of the run"),
         *group,
         Process(
             "rollout worker",

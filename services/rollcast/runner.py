@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import ray
+import ray.actor
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.env.env_runner import EnvRunner
 
@@ -101,9 +103,11 @@ class RolloutRunner(EnvRunner):
         return os.getpid()
 
     async def stop(self) -> None:
+        """Ends the engine, then this process, in good order."""
         if self.worker is not None:
             self._watch.cancel()
             await self.worker.close()
+        ray.actor.exit_actor()
 
     def assert_healthy(self) -> None:
         if self.worker is None:
