@@ -56,7 +56,7 @@ class Policy(nn.Module):
         super().__init__()
         self.settings = settings
         config = AutoConfig.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
-        _refuse_changed_logits(config, settings.path)
+        _refuse_unknown_maths(config, settings.path)
         self.lm = AutoModelForCausalLM.from_pretrained(
             settings.path,
             config=config,
@@ -161,10 +161,16 @@ class Policy(nn.Module):
         return torch.from_numpy(column.astype(np.int64)).to(self.device, non_blocking=True)
 
 
-def _refuse_changed_logits(config: Any, path: str) -> None:
+def _refuse_unknown_maths(config: Any, path: str) -> None:
     changed = [name for name in LOGIT_CHANGES if getattr(config, name, None) not in (None, 1.0)]
     if changed:
         raise ValueError(
             f"model {path!r} sets {changed[0]}={getattr(config, changed[0])}: its logits are not "
             "hidden x embedding, which the learner's head computes. Choose a model without it."
+        )
+    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    if windowed or getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError(
+            f"model {path!r} has a sliding window or capped attention scores, which packed attention does not "
+            "compute. Choose a model with plain causal attention."
         )

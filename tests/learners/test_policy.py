@@ -212,6 +212,13 @@ def test_models_that_change_their_logits_are_refused(change, tmp_path):
         Policy(PolicySettings(str(folder)))
 
 
+@pytest.mark.parametrize("change", [{"sliding_window": 16}, {"attn_logit_softcapping": 30.0}])
+def test_models_whose_attention_is_not_plain_are_refused(change, tmp_path):
+    folder = write_tiny_model(tmp_path, **change)
+    with pytest.raises(ValueError, match="plain causal attention"):
+        Policy(PolicySettings(str(folder)))
+
+
 def test_read_only_columns_are_enough(tiny_fp32):
     """Columns from other machines may be read-only; the policy never writes to them."""
     policy, batch = make_policy(tiny_fp32), collate(random_episodes(9))
