@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: a line a step, and below it what is waited for.
 
-Owns: the terminal, and `status.json` for whoever asks from elsewhere. Does not know how figures come about.
+Owns: the terminal, its copy in `logs/trainer.log`, and `status.json` for whoever asks from elsewhere. Does not know how
+figures come about.
 """
 
 import json
@@ -27,9 +28,10 @@ COLUMNS = (
 class Progress:
     """Prints; on a terminal the current activity spins below the last line."""
 
-    def __init__(self, status_file: Path, total_steps: int, console: Console | None = None) -> None:
+    def __init__(self, status_file: Path, log: Path, total_steps: int, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
         self.status_file = status_file
+        self.log = log
         self.total_steps = total_steps
         self._spinner = self.console.status("starting") if self.console.is_terminal else None
         self._written = 0.0
@@ -44,7 +46,7 @@ class Progress:
             self._spinner.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(escape(text))
+        self._print(text)
 
     def waiting(self, activity: str, facts: Mapping[str, Any]) -> None:
         """What the trainer does now; written to `status.json` about once a second, and at each change."""
@@ -64,7 +66,12 @@ class Progress:
         parts = [f"step {row['step']:>4}/{self.total_steps}"]
         parts += [f"{label} {form.format(row[key])}" for label, key, form in COLUMNS if key in row]
         parts += [f"{key.removeprefix('eval/')} {row[key]:.3f}" for key in row if key.startswith("eval/")]
-        self.console.print("  ".join(parts), soft_wrap=True)
+        self._print("  ".join(parts))
+
+    def _print(self, text: str) -> None:
+        self.console.print(escape(text), soft_wrap=True)
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

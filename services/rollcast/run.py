@@ -371,7 +371,7 @@ def opened(config: RunConfig, path: Path, resume: str) -> Iterator[Run]:
     folder.create()
     with cluster.connected(config) as address:
         folder.claim(address, cluster.NAMESPACE)
-        progress = Progress(folder.path / "status.json", config.run.steps)
+        progress = Progress(folder.path / "status.json", folder.logs / "trainer.log", config.run.steps)
         start = choose_start(folder, resume, progress.say)
         folder.config.write_text(resolved(config).to_toml(), encoding="utf-8")
         progress.start()
