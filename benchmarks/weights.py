@@ -11,7 +11,9 @@ import argparse
 import asyncio
 import json
 import os
+import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -33,6 +35,7 @@ SMOLLM2 = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
+RESULTS = Path(__file__).resolve().parent / "results"
 LAYER_BYTES = 2 * (576 * 576 * 2 + 576 * 192 * 2 + 576 * 1536 * 3 + 576 * 2)
 EMBEDDING_BYTES = 2 * 49152 * 576
 
@@ -42,9 +45,15 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=0.27, help="policy size; 0.27 is SmolLM2-135M in bf16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-engine", action="store_true", help="skip what needs vLLM")
+    parser.add_argument("--write", action="store_true", help="also write benchmarks/results/weights-DATE.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rollcast-bench-") as folder:
-        print(json.dumps(measure(Path(folder), options.gb, options.rounds, not options.no_engine), indent=2))
+        figures = measure(Path(folder), options.gb, options.rounds, not options.no_engine)
+    date = time.strftime("%Y-%m-%d")
+    text = json.dumps({"date": date, "command": " ".join(["python", *sys.argv]), **figures}, indent=2)
+    print(text)
+    if options.write:
+        (RESULTS / f"weights-{date}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def measure(folder: Path, gigabytes: float, rounds: int, with_engine: bool) -> dict[str, Any]:

@@ -245,7 +245,7 @@ class Fleet:
             raise RunFailed(
                 f"{self._failed_starts} rollout workers in a row died while they started.",
                 why.strip(),
-                "Look at the workers' logs in Ray's session folder; `rollcast doctor` checks engine, memory and devices.",
+                "See the workers' logs in Ray's session folder; `rollcast doctor` checks engine, memory and devices.",
             )
 
     def _ping(self) -> None:
