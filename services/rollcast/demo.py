@@ -7,6 +7,7 @@ same path a cluster runs.
 import importlib.util
 import os
 import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,11 +34,9 @@ SHOWN_ANSWERS = 5
 
 def demo(seed: int, steps: int | None, run: str | None, overrides: list[str]) -> None:
     """Prepares the model, trains, and reports. `overrides` are words as `load_config` takes them."""
-    words = [
-        f"--run.seed={seed}",
-        *([f"--run.steps={steps}"] if steps else []),
-        *([f"--run.name={run}"] if run else []),
-    ]
+    # Another seed is another run: it must not resume the first one.
+    run = run or ("demo" if seed == 0 else f"demo-seed{seed}")
+    words = [f"--run.seed={seed}", f"--run.name={run}", *([f"--run.steps={steps}"] if steps else [])]
     config = load_config(CONFIG, [*words, *overrides])
     prepare_model(Path(config.model.path))
     folder = RunDir(run_directory(config))
@@ -93,8 +92,9 @@ def report(config: RunConfig, folder: RunDir, console: Console) -> None:
     console.print(answers_table(before, after))
     console.print(stages_table(rows))
     console.print(f"{mixed_answers(folder)} training answers span two policy versions or more.")
-    console.print(f"Learning curve: {folder.curve}")
-    console.print(f"Next: rollcast rollouts {config.run.name}    (what it said while it learned)")
+    console.print(f"Learning curve: {folder.curve}", soft_wrap=True)
+    run = config.run.name if config.run.dir == "runs" else folder.path
+    console.print(f"Next: {sys.argv[0]} rollouts {run}    (what it said while it learned)", soft_wrap=True)
 
 
 def scores_table(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], step: int) -> Table:

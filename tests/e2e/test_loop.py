@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from rollcast import metrics, records
 from rollcast.config import RunConfig, load_config
+from rollcast.demo import report
 from rollcast.rundir import RunDir
 from rollcast.train import train
 
@@ -44,6 +46,13 @@ def test_a_run_leaves_what_the_documentation_says(tmp_path: Path, tiny_bf16: str
     assert list(folder.tensorboard.glob("events*"))
     assert load_config(folder.config).learner.prompts_per_step == 2
     assert not any(isinstance(value, float) and value != value for row in rows for value in row.values())
+
+    console = Console(record=True, width=120)
+    report(load_config(folder.config), folder, console)
+    told = console.export_text()
+    assert "Held-out questions, greedy answers, 8 asked" in told and "The same questions, before and after" in told
+    assert all(kind in told for kind in ("capital", "continent", "currency", "all"))
+    assert str(folder.curve) in told and f"rollouts {folder.path}" in told
 
 
 @pytest.mark.ray
