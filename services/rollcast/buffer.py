@@ -59,7 +59,7 @@ class ErrorShare:
 
 @dataclass
 class TrajectoryBuffer:
-    """Groups in order of arrival. `expire` before every `take`: too old is dropped there, and counted."""
+    """Groups that wait to be learned from. `expire` before every `take`: too old is dropped there, and counted."""
 
     groups_per_step: int
     max_staleness: int

@@ -5,7 +5,6 @@ hold: the learner writes its own, the trainer its own.
 """
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from rollcast.rundir import sync_folder
+from rollcast.rundir import sync
 
 MANIFEST = "MANIFEST.json"
 TRAINER = "trainer.json"
@@ -39,13 +38,13 @@ def save(folder: Path, step: int, trainer: dict[str, Any], write_learner: Callab
     files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
     (partial / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n", encoding="utf-8")
     for path in partial.iterdir():
-        _sync_file(path)
-    sync_folder(partial)
+        sync(path)
+    sync(partial)
     final = folder / f"step_{step}"
     if final.exists():  # A run that went back past this step makes it again.
         shutil.rmtree(final)
     partial.rename(final)
-    sync_folder(folder)
+    sync(folder)
     return final
 
 
@@ -99,11 +98,3 @@ def _describe(path: Path) -> dict[str, Any]:
     digest = blake3(max_threads=blake3.AUTO)
     digest.update_mmap(path)
     return {"bytes": path.stat().st_size, "blake3": digest.hexdigest()}
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
