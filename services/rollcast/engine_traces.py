@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psutil
 
-SEGMENT = r"/dev/shm/(?:psm|vllm_dist)_[^/\s]+$"
-"""Message queues, and with tensor parallelism on the CPU the buffers of its collectives."""
+SEGMENT = r"/dev/shm/(?:psm_|vllm_dist_|sem\.mp-)[^/\s]+$"
+"""Message queues, a worker's semaphore, and with tensor parallelism on the CPU the buffers of its collectives."""
 SOCKETS_PREFIX = "rollcast-engine-"
 
 
