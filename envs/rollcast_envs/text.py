@@ -5,7 +5,8 @@ tokens: an environment sees and says text, and whoever plays it turns text into 
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from operator import index as as_integer
 from typing import Any
 
@@ -64,6 +65,22 @@ def _refuse_shared_memory(space: TextSpace, n: int = 1, ctx: Any = None) -> None
     raise CustomSpaceError(f"{space} has no fixed size in memory: use AsyncVectorEnv(..., shared_memory=False)")
 
 
+@dataclass(frozen=True)
+class Answered:
+    """One episode's last answer and what it is held against. Evaluation -> `TextEnv.corpus_metrics`."""
+
+    answer: str
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CorpusFigure:
+    """A metric of all answers together, and how it was computed, in its library's own words ("" where none has any)."""
+
+    value: float
+    signature: str = ""
+
+
 class TextEnv(gymnasium.Env[str, str]):
     """A conversation with a language model: observations are the user's turns, actions the model's answers.
 
@@ -87,6 +104,10 @@ class TextEnv(gymnasium.Env[str, str]):
         - `kind` (str): what sort of task it is, such as "capital"; figures are reported by kind.
         - `references` (list[str]): accepted answers, the preferred one first; empty if there are none.
         - `metrics` (dict[str, float]): on the step that ends the episode only, such as f1.
+        - `rewards` (dict[str, float], optional): on a step, the parts of its reward by name, such as
+          {"f1": 0.8, "length": -0.02}. They add up to the reward and are logged one by one.
+        - `fields` (dict, optional): what reward functions of the user get by name; JSON values only.
+        - `role` (str, optional): "tool" where the observation is what a tool returned; else it is the user's.
 
     Example:
         >>> class Echo(TextEnv):
@@ -114,11 +135,25 @@ class TextEnv(gymnasium.Env[str, str]):
     size: int | None = None
     """How many distinct tasks the split has; None when they are endless."""
 
+    few_shot: Sequence[tuple[str, str]] = ()
+    """Examples as (question, answer) that open every episode, after the system turn."""
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Tools to call, each a JSON schema as OpenAI's chat API has it; the chat template tells the model of them."""
+
+    choices: Sequence[str] | None = None
+    """All answers there are, where they can be listed; an evaluation may restrict the policy to them."""
+
     _episode_open = False
 
     def __init__(self, *, max_length: int = MAX_LENGTH) -> None:
         self.observation_space = TextSpace(max_length)
         self.action_space = TextSpace(max_length)
+
+    @classmethod
+    def corpus_metrics(cls, answered: Sequence[Answered]) -> dict[str, CorpusFigure]:
+        """Metrics of many episodes together that are no mean over episodes, such as corpus BLEU; none by default."""
+        return {}
 
     @abstractmethod
     def begin(self, index: int | None) -> tuple[str, dict[str, Any]]:
