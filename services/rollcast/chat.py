@@ -103,3 +103,18 @@ class ChatCodec:
             text.replace(GUARD, ""), add_special_tokens=False, split_special_tokens=True
         )
         return ids
+
+
+def stop_token_ids(path: str, trust_remote_code: bool = False) -> list[int]:
+    """The tokens that end an answer, each the last of its answer: the generation config's, else the model config's."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        stops = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # transformers' word for "there is no generation_config.json".
+        stops = None
+    if stops is None:
+        stops = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).eos_token_id
+    if stops is None:
+        return []
+    return list(stops) if isinstance(stops, list) else [int(stops)]

@@ -151,10 +151,6 @@ class Fleet:
     def ready(self) -> int:
         return sum(state.ready for state in self._states.values())
 
-    def settled(self) -> bool:
-        """Whether every ready worker has dealt with the last announcement."""
-        return all(state.loads == 0 for state in self._states.values())
-
     @property
     def workers(self) -> list[int]:
         return list(self._states)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
+from rollcast.chat import stop_token_ids
 from rollcast.sampler import LoadReport, spans_of
 from rollcast_learners.arena import open_tensors
 from rollcast_learners.types import Completion, Sampling, Weights
@@ -30,7 +31,7 @@ class TorchSampler:
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True
         ).eval()
-        self.stop_ids = stop_token_ids(path, self.model.config)
+        self.stop_ids = set(stop_token_ids(path, trust_remote_code))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch-sampler")
 
     async def sample(self, token_ids: Sequence[int], sampling: Sampling, request_id: str) -> Completion:
@@ -105,12 +106,3 @@ class TorchSampler:
         logits_TV = self.model(input_ids=ids_T.unsqueeze(0), use_cache=False).logits[0, :-1].float()
         scored: list[float] = torch.log_softmax(logits_TV, -1).gather(-1, ids_T[1:, None]).squeeze(-1).tolist()
         return scored
-
-
-def stop_token_ids(path: str, config: Any) -> set[int]:
-    """The tokens that end an answer: the generation config's, else the model config's."""
-    try:
-        eos = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # transformers' word for "there is no generation_config.json".
-        eos = config.eos_token_id
-    return set(eos) if isinstance(eos, list) else {eos}

@@ -11,7 +11,6 @@ vLLM's processes read their settings from the environment: `start` sets `VLLM_RP
 import asyncio
 import gc
 import hashlib
-import json
 import multiprocessing
 import os
 import tempfile
@@ -44,6 +43,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from rollcast.chat import stop_token_ids
 from rollcast.engine_traces import SOCKETS_PREFIX, Traces, sweep
 from rollcast.vllm_transfer import BACKEND, update_info
 
@@ -247,16 +247,6 @@ class VllmSampler:
                 f"The prompt has {len(token_ids)} tokens, and the context of {self._context} must hold it "
                 "and at least one more. Shorten the prompt or raise rollout.max_model_len."
             )
-
-
-def stop_token_ids(model_path: str | Path) -> list[int]:
-    """The end-of-sequence ids of a Hugging Face folder; they end an answer and are its last token."""
-    for name in ("generation_config.json", "config.json"):
-        path = Path(model_path) / name
-        stops = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
-        if stops is not None:
-            return list(stops) if isinstance(stops, list) else [int(stops)]
-    return []
 
 
 async def _start_engine(
