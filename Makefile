@@ -40,7 +40,9 @@ ifeq ($(ENGINE),cpu)
 else
 	$(PIP) torch==2.13.0
 endif
-	$(PIP) -r $(LOCK)
+	@# rouge-score comes as source only: the lock's setuptools builds it, not one that pip would fetch unpinned.
+	grep '^setuptools==' $(LOCK) | $(PIP) -r /dev/stdin
+	$(PIP) --no-build-isolation -r $(LOCK)
 	$(PIP) --no-build-isolation --editable .
 	touch $@
 
