@@ -61,6 +61,13 @@ class StepResult:
 class PPOLearner:
     """Policy, optimiser and guard. `total_steps` is what learning-rate schedules run down to."""
 
+    @property
+    def token_means(self) -> tuple[str, ...]:
+        """Metrics of a step that are means over its trained tokens, as far as there is something to measure."""
+        without_critic = () if self.policy.has_values else ("loss/value", "value_clip_fraction")
+        without_reference = () if self.reference is not None else ("kl/reference",)
+        return tuple(name for name in PPO_MEANS if name not in (*without_critic, *without_reference))
+
     def __init__(
         self,
         policy: Policy,
@@ -89,7 +96,7 @@ class PPOLearner:
     def step(self, batch: Batch) -> StepResult:
         """One step on this learner's share of the samples. The same step on every learner."""
         rewards_N, clipped = clip_rewards(torch.from_numpy(batch.rewards_N.copy()), self.settings.reward_clip)
-        sums = _Sums()
+        sums = StepSums()
         scored = self._score(batch, rewards_N)
         diverged = None
         try:
@@ -180,13 +187,13 @@ class PPOLearner:
             for part in range(self.settings.minibatches):
                 yield np.flatnonzero(part_of[batch.index_E] == part)
 
-    def _optimise(self, batch: Batch, episodes: NDArray[np.intp], scored: Scored, sums: "_Sums") -> float:
+    def _optimise(self, batch: Batch, episodes: NDArray[np.intp], scored: Scored, sums: "StepSums") -> float:
         """One optimiser step; returns the behaviour KL a token it saw."""
         self.optimizer.clear()
         whole = scored.outputs is not None
         minibatch = batch if whole else batch.select(episodes)
         trained_of_minibatch = torch.from_numpy(batch.trained_of(episodes))
-        local = _Sums()
+        local = StepSums()
         parts = [(batch, episodes, slice(None))] if whole else self._parts(minibatch)
         for part, _, trained in parts:
             outputs = scored.outputs if scored.outputs is not None else self._forward(part)
@@ -222,7 +229,7 @@ class PPOLearner:
         outputs: Outputs = self.policy(part, self.temperature, trunk_gradient=not self._critic_only)
         return outputs
 
-    def _loss(self, part: Batch, outputs: Outputs, scored: Scored, at: Tensor, sums: "_Sums") -> Tensor:
+    def _loss(self, part: Batch, outputs: Outputs, scored: Scored, at: Tensor, sums: "StepSums") -> Tensor:
         """Sum, not mean, over the part's tokens: the optimiser divides by the count over all learners."""
         settings, device = self.settings, self.policy.device
         old_N = torch.from_numpy(part.old_logprobs_N.copy()).to(device)
@@ -259,14 +266,14 @@ class PPOLearner:
         for episodes in batch.microbatches(self.settings.microbatch_tokens):
             yield batch.select(episodes), episodes, torch.from_numpy(batch.trained_of(episodes))
 
-    def _metrics(self, sums: "_Sums", scored: Scored, batch: Batch, clipped: int) -> dict[str, float]:
+    def _metrics(self, sums: "StepSums", scored: Scored, batch: Batch, clipped: int) -> dict[str, float]:
         """Of the whole step, over all learners. A figure that is not finite is absent."""
         totals = sums.values
         tokens, steps = max(totals["tokens"], 1.0), max(totals["optimizer_steps"], 1.0)
         clipped_everywhere = torch.tensor(float(clipped), dtype=torch.float64)
         self.reduce(clipped_everywhere)
         metrics = {
-            **{name: totals[name] / tokens for name in TOKEN_MEANS if self._has(name)},
+            **{name: totals[name] / tokens for name in self.token_means},
             "grad_norm": totals["grad_norm"] / steps,
             "learning_rate": self.settings.learning_rate * self.rate,
             "guard/skipped_steps": float(self.guard.skipped),
@@ -275,11 +282,6 @@ class PPOLearner:
             **self._explained(scored, batch),
         }
         return {name: value for name, value in metrics.items() if np.isfinite(value)}
-
-    def _has(self, name: str) -> bool:
-        if name in ("loss/value", "value_clip_fraction"):
-            return self.policy.has_values
-        return name != "kl/reference" or self.reference is not None
 
     def _explained(self, scored: Scored, batch: Batch) -> dict[str, float]:
         """Share of the returns' variance that the critic foresaw; absent without either."""
@@ -300,7 +302,7 @@ def _variance(moments_3: Tensor) -> float:
     return 0.0 if variance <= NO_SPREAD * mean_square else variance
 
 
-class _Sums:
+class StepSums:
     """Adds metrics up: tensors without waiting for them, then one transfer and one all-reduce."""
 
     def __init__(self) -> None:
@@ -325,7 +327,7 @@ class _Sums:
         return dict(zip(names, stacked.tolist(), strict=True))
 
 
-TOKEN_MEANS = (
+PPO_MEANS = (
     "loss/policy",
     "loss/value",
     "loss/entropy",
@@ -334,5 +336,5 @@ TOKEN_MEANS = (
     "clip_fraction",
     "value_clip_fraction",
 )
-METRICS = ("loss", "tokens", "clamped", *TOKEN_MEANS)
+METRICS = ("loss", "tokens", "clamped", "loss/supervised", *PPO_MEANS)
 """The same on every learner, whatever its share held."""

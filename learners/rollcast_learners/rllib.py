@@ -36,6 +36,7 @@ from rollcast_learners.batch import Batch
 from rollcast_learners.policy import Outputs, Policy, PolicySettings
 from rollcast_learners.ppo import PPOLearner, StepResult
 from rollcast_learners.settings import KLSettings, LearnerSettings
+from rollcast_learners.supervised import SupervisedLearner
 from rollcast_learners.types import Probe, TensorEntry
 
 PACKED = "packed"
@@ -52,6 +53,8 @@ class LearnerSpec:
     temperature: float
     total_steps: int
     seed: int
+    supervised: bool = False
+    """Whether it learns from references (`sft`) instead of rewards."""
 
 
 class LMModule(TorchRLModule, ValueFunctionAPI):
@@ -101,7 +104,8 @@ class LMLearner(TorchLearner):
         reference = None
         if self.spec.kl.kind != "none":
             reference = Policy(self.spec.policy).to(policy.device).requires_grad_(False)
-        self.ppo = PPOLearner(
+        kind = SupervisedLearner if self.spec.supervised else PPOLearner
+        self.ppo = kind(
             policy,
             self.spec.learner,
             self.spec.kl,
@@ -182,6 +186,10 @@ class Learners:
     def probe(self, token_ids_RL: NDArray[np.int32]) -> Probe:
         return self._first(_probe, token_ids_RL=token_ids_RL)
 
+    def held_out_loss(self, batch: Batch) -> float:
+        """Of a supervised learner: mean negative log-likelihood of the batch's trained tokens."""
+        return self._first(_held_out_loss, batch=batch)
+
     def save(self, folder: Path) -> None:
         self._first(_save, folder=str(folder))
 
@@ -246,6 +254,11 @@ def _probe(learner: LMLearner, token_ids_RL: NDArray[np.int32]) -> Probe:
     policy = learner.ppo.policy
     scored_RL = policy.score_rows(torch.from_numpy(token_ids_RL.astype(np.int64)).to(policy.device))
     return Probe(token_ids_RL, scored_RL.float().cpu().numpy())
+
+
+def _held_out_loss(learner: LMLearner, batch: Batch) -> float:
+    assert isinstance(learner.ppo, SupervisedLearner), "only a supervised learner has a held-out loss"
+    return learner.ppo.held_out_loss(batch)
 
 
 def _save(learner: LMLearner, folder: str) -> None:

@@ -32,6 +32,15 @@ class Prompt:
     """Arguments of `gymnasium.make`."""
     options: Mapping[str, Any] | None = None
     """Passed to `env.reset(options=)`."""
+    env_name: str = ""
+    """What this environment is called in the run's figures, where its id would not do."""
+    scoring: Mapping[str, Any] | None = None
+    """Reward functions of the user on top of the environment's own reward: `rewards` and `own_weight`."""
+
+    @property
+    def label(self) -> str:
+        """The environment in names of metrics: `QA-v0` for `rollcast/QA-v0`."""
+        return self.env_name or self.env_id.rsplit("/", 1)[-1]
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,11 @@ class Sampling:
 
     temperature: float
     max_new_tokens: int
+    restricted: bool = False
+    """Whether the answers are restricted to the environment's `choices`, where it lists them."""
+    choices: tuple[str, ...] | None = None
+    """The answers there are; set by the episode for a restricted sampling. Never in training: the log-probabilities
+    would be of a renormalised distribution that the learner does not compute."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +122,12 @@ class Trajectory:
     metrics: Mapping[str, float] = field(default_factory=dict)
     kind: str = ""
     error: str | None = None
+    references: tuple[str, ...] = ()
+    """Accepted answers, as the environment told them last."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """The parts of the reward by name, where the environment names them, summed over the turns."""
+    reward_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Seconds that each reward function of the user took."""
 
     @property
     def reward(self) -> float:

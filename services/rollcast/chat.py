@@ -8,11 +8,13 @@ to; `extend` then returns None and the caller starts a new stream.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-Message = dict[str, str]
+Message = dict[str, Any]
+Tools = Sequence[Mapping[str, Any]]
 GUARD = "\ufdd0"
 """A code point that is no character. It breaks what looks like a special token wherever a person, an
 environment or the policy wrote it, so that a rendered text holds none but the template's own."""
@@ -24,6 +26,7 @@ class Conversation:
 
     messages: tuple[Message, ...]
     text: str
+    tools: Tools = ()
 
 
 class ChatCodec:
@@ -31,6 +34,7 @@ class ChatCodec:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self._takes_tools = "tools" in str(tokenizer.chat_template or "")
         # Only this list is complete: SmolLM2's `<file_sep>` is not in `all_special_tokens`.
         added = {number: str(t) for number, t in tokenizer.added_tokens_decoder.items() if t.special}
         specials = sorted(added.values(), key=len, reverse=True)
@@ -43,26 +47,38 @@ class ChatCodec:
 
         return cls(AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code))
 
-    def open(self, system: str | None, user: str) -> tuple[Conversation, list[int]]:
-        """A new conversation, and the token ids that ask for its first answer."""
-        opening = [self._message("system", system)] if system else []
-        messages = (*opening, self._message("user", user))
-        text = self._render(messages)
-        return Conversation(messages, text), self._encode(text)
+    def open(
+        self, system: str | None, user: str, few_shot: Sequence[tuple[str, str]] = (), tools: Tools = ()
+    ) -> tuple[Conversation, list[int]]:
+        """A new conversation, and the token ids that ask for its first answer.
+
+        Tools are told by the model's own template; one that does not know tools leaves them out.
+        """
+        messages = [self._message("system", system)] if system else []
+        for question, answer in few_shot:
+            messages += [self._message("user", question), self._message("assistant", answer)]
+        messages.append(self._message("user", user))
+        told = tools if self._takes_tools else ()
+        text = self._render(messages, told)
+        return Conversation(tuple(messages), text, told), self._encode(text)
 
     def reopen(self, conversation: Conversation) -> list[int]:
         """Token ids of a whole conversation, for a new stream."""
         return self._encode(conversation.text)
 
     def extend(
-        self, conversation: Conversation, answer_ids: Sequence[int], user: str
+        self, conversation: Conversation, answer_ids: Sequence[int], observation: str, role: str = "user"
     ) -> tuple[Conversation, list[int] | None]:
-        """The conversation after `answer_ids` and the next user turn, and the ids to append (or None)."""
+        """The conversation after `answer_ids` and what the environment says next, and the ids to append (or None).
+
+        `role` is "tool" for what a tool returned; a template that knows no tools gets it as the user's turn.
+        """
         answer = self._message("assistant", self.answer(answer_ids))
-        messages = (*conversation.messages, answer, self._message("user", user))
-        text = self._render(messages)
+        said = self._message(role if self._takes_tools else "user", observation)
+        messages = (*conversation.messages, answer, said)
+        text = self._render(messages, conversation.tools)
         before = conversation.text + answer["content"]
-        after = Conversation(messages, text)
+        after = Conversation(messages, text, conversation.tools)
         if not text.startswith(before):
             return after, None
         suffix = self._encode(text[len(before) :])
@@ -76,10 +92,29 @@ class ChatCodec:
         text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
 
-    def _render(self, messages: Sequence[Message]) -> str:
+    def answer_ids(self, text: str) -> list[int]:
+        """A reference as the policy would have sampled it: its tokens, and the one that ends an answer."""
+        return [*self._encode_plain(text), self._end_of_answer]
+
+    @cached_property
+    def _end_of_answer(self) -> int:
+        """What the template writes after an answer, if that is a special token; else the tokenizer's own end."""
+        asked = [self._message("user", "?")]
+        answered = [*asked, self._message("assistant", "!")]
+        before, after = self._render(asked), self._render(answered)
+        if after.startswith(before + "!"):
+            suffix = self._encode(after[len(before) + 1 :])
+            if suffix and suffix[0] in self._special_ids:
+                return suffix[0]
+        return int(self.tokenizer.eos_token_id)
+
+    def _render(self, messages: Sequence[Message], tools: Tools = ()) -> str:
         if self.tokenizer.chat_template is None:
             return "".join(message["content"] + "\n" for message in messages)
-        text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        told = {"tools": [dict(tool) for tool in tools]} if tools else {}
+        text: str = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, **told
+        )
         return text
 
     def _message(self, role: str, content: str) -> Message:

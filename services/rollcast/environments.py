@@ -14,7 +14,7 @@ import math
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -53,6 +53,16 @@ def register_environments() -> None:
         loaded = plugin.load()
         if callable(loaded):
             loaded()
+
+
+def make_environment(env_id: str, kwargs: Mapping[str, Any], scoring: Mapping[str, Any] | None = None) -> Any:
+    """The environment as a run plays it: with the reward functions that the run adds, if any."""
+    env = gymnasium.make(env_id, **kwargs)
+    if scoring is None:
+        return env
+    from rollcast_envs.rewarded import RewardedEnv
+
+    return RewardedEnv(env, scoring["rewards"], scoring.get("own_weight", 1.0))
 
 
 class _Raised(Exception):
@@ -106,11 +116,17 @@ class _Thread:
 class Environment:
     """One environment on one thread. After `EnvironmentFailed` it is not to be used again."""
 
-    def __init__(self, env_id: str, kwargs: dict[str, Any], timeout_s: float) -> None:
+    def __init__(
+        self, env_id: str, kwargs: dict[str, Any], timeout_s: float, scoring: Mapping[str, Any] | None = None
+    ) -> None:
         self.env_id = env_id
         self.kwargs = kwargs
         self.timeout_s = timeout_s
+        self.scoring = scoring
         self.system_prompt: str | None = None
+        self.few_shot: Sequence[tuple[str, str]] = ()
+        self.tools: Sequence[Mapping[str, Any]] = ()
+        self.choices: Sequence[str] | None = None
         self._thread = _Thread()
         self._env: Any = None
 
@@ -129,10 +145,17 @@ class Environment:
         self._thread.close()
 
     def _make(self) -> None:
-        self._env = gymnasium.make(self.env_id, **self.kwargs)
-        self.system_prompt = getattr(self._env.unwrapped, "system_prompt", None)
+        self._env = make_environment(self.env_id, self.kwargs, self.scoring)
+        env = self._env.unwrapped
+        self.system_prompt = getattr(env, "system_prompt", None)
         if self.system_prompt is not None:
             _check(_is_text(self.system_prompt), self.system_prompt, "a string or None as the system_prompt")
+        self.few_shot = [tuple(pair) for pair in getattr(env, "few_shot", ())]
+        pairs = all(len(pair) == 2 and all(map(_is_text, pair)) for pair in self.few_shot)
+        _check(pairs, self.few_shot, "pairs of strings as few_shot")
+        self.tools = tuple(getattr(env, "tools", ()))
+        choices = getattr(env, "choices", None)
+        self.choices = None if choices is None else tuple(choices)
 
     def _close(self) -> None:
         with suppress(BaseException):  # It is being thrown away: how it takes that is of no interest.
@@ -175,9 +198,13 @@ def _checked_step(result: Any) -> StepResult:
 def _check_text_and_info(observation: Any, info: Any) -> None:
     _check(_is_text(observation), observation, "a string of valid Unicode as the observation")
     _check(isinstance(info, dict), info, "a dict as info")
-    metrics = info.get("metrics", {})
-    numbers = isinstance(metrics, dict) and all(_is_finite_number(value) for value in metrics.values())
-    _check(numbers, metrics, "finite numbers by name as info['metrics']")
+    for key in ("metrics", "rewards", "reward_seconds"):
+        figures = info.get(key, {})
+        numbers = isinstance(figures, dict) and all(_is_finite_number(value) for value in figures.values())
+        _check(numbers, figures, f"finite numbers by name as info[{key!r}]")
+    references = info.get("references", ())
+    texts = isinstance(references, list | tuple) and all(_is_text(text) for text in references)
+    _check(texts, references, "a list of strings as info['references']")
 
 
 def _check(right: bool, value: object, expected: str) -> None:
@@ -212,10 +239,10 @@ class EnvironmentPool:
         self._idle: dict[str, list[Environment]] = defaultdict(list)
 
     async def acquire(self, prompt: Prompt) -> Environment:
-        idle = self._idle[self._key(prompt.env_id, dict(prompt.kwargs))]
+        idle = self._idle[self._key(prompt.env_id, prompt.kwargs, prompt.scoring)]
         if idle:
             return idle.pop()
-        environment = Environment(prompt.env_id, dict(prompt.kwargs), self.timeout_s)
+        environment = Environment(prompt.env_id, dict(prompt.kwargs), self.timeout_s, prompt.scoring)
         try:
             await environment.open()
         except BaseException:  # Also a cancelled one: its thread must not stay behind.
@@ -224,7 +251,7 @@ class EnvironmentPool:
         return environment
 
     def release(self, environment: Environment) -> None:
-        self._idle[self._key(environment.env_id, environment.kwargs)].append(environment)
+        self._idle[self._key(environment.env_id, environment.kwargs, environment.scoring)].append(environment)
 
     def close(self) -> None:
         for idle in self._idle.values():
@@ -233,5 +260,5 @@ class EnvironmentPool:
         self._idle.clear()
 
     @staticmethod
-    def _key(env_id: str, kwargs: dict[str, Any]) -> str:
-        return json.dumps([env_id, kwargs], sort_keys=True, default=repr)
+    def _key(env_id: str, kwargs: Mapping[str, Any], scoring: Mapping[str, Any] | None) -> str:
+        return json.dumps([env_id, dict(kwargs), scoring], sort_keys=True, default=repr)

@@ -4,7 +4,8 @@ Owns: the conversation between environment and policy, and the token streams it 
 torch, any engine, or how trajectories are trained on.
 """
 
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,10 @@ class _Episode:
     truncated: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     kind: str = ""
+    references: tuple[str, ...] = ()
+    parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    reward_seconds: dict[str, float] = field(default_factory=dict)
+    reward_error: str | None = None
 
     def record(self, observation: str, answer: str, completion: Completion, result: StepResult) -> None:
         end = len(self.streams[-1].token_ids)
@@ -81,6 +86,11 @@ class _Episode:
     def _take_info(self, info: dict[str, Any]) -> None:
         self.metrics.update({str(k): float(v) for k, v in dict(info.get("metrics", {})).items()})
         self.kind = str(info.get("kind", self.kind))
+        self.references = tuple(info.get("references", self.references))
+        for name, value in info.get("rewards", {}).items():
+            self.parts[name] += float(value)
+        self.reward_seconds |= info.get("reward_seconds", {})
+        self.reward_error = info.get("reward_error", self.reward_error)
 
     def trajectory(self, error: str | None = None) -> Trajectory:
         return Trajectory(
@@ -91,7 +101,10 @@ class _Episode:
             truncated=self.truncated,
             metrics=self.metrics,
             kind=self.kind,
-            error=error,
+            error=error or self.reward_error,
+            references=self.references,
+            parts=dict(self.parts),
+            reward_seconds=self.reward_seconds,
         )
 
 
@@ -154,7 +167,11 @@ async def _converse(
     options = dict(prompt.options) if prompt.options is not None else None
     observation, info = await environment.reset(prompt.seed, options)
     episode._take_info(info)
-    conversation, token_ids = codec.open(environment.system_prompt, observation)
+    conversation, token_ids = codec.open(
+        environment.system_prompt, observation, environment.few_shot, environment.tools
+    )
+    if sampling.restricted and environment.choices:
+        sampling = replace(sampling, choices=tuple(environment.choices))
     stream = _StreamBuilder()
     episode.streams.append(stream)
     stream.ask(token_ids)
@@ -164,18 +181,24 @@ async def _converse(
         result = await environment.step(answer)
         stream.answer(completion)
         episode.record(observation, answer, completion, result)
-        if result.terminated or result.truncated:
+        if result.terminated or (result.truncated and not result.observation):
+            return
+        # After a truncation too: the critic's value of the state that was left must have seen the last observation.
+        conversation, stream = _next_turn(episode, codec, conversation, completion, result)
+        if result.truncated:
             return
         observation = result.observation
-        conversation, stream = _next_turn(episode, codec, conversation, completion, observation)
     episode.truncated = True
 
 
 def _next_turn(
-    episode: _Episode, codec: ChatCodec, conversation: Conversation, completion: Completion, observation: str
+    episode: _Episode, codec: ChatCodec, conversation: Conversation, completion: Completion, result: StepResult
 ) -> tuple[Conversation, _StreamBuilder]:
-    conversation, suffix = codec.extend(conversation, completion.token_ids_T.tolist(), observation)
+    role = str(result.info.get("role", "user"))
+    conversation, suffix = codec.extend(conversation, completion.token_ids_T.tolist(), result.observation, role)
     stream = episode.streams[-1]
+    if suffix is None and result.truncated:
+        return conversation, stream
     if suffix is None:
         stream = _StreamBuilder()
         episode.streams.append(stream)
