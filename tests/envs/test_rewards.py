@@ -1,72 +1,53 @@
-"""Exact match and token F1 against SQuAD's own arithmetic, written out again as in evaluate-v2.0."""
+"""The rewards' rules: range, best of the references, empty text, known cases, threads, and texts too long for them."""
 
-import collections
-import re
-import string
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollcast_envs.rewards import exact_match, token_f1
+from rollcast_envs import rewards
+from rollcast_envs.rewards import TextTooLong, bleu, chrf, exact_match, rouge, token_f1
 
+Measure = Callable[[str, list[str]], float]
 
-def official_normalise(s: str) -> str:
-    def remove_articles(text: str) -> str:
-        return re.sub(re.compile(r"\b(a|an|the)\b", re.UNICODE), " ", text)
-
-    def remove_punctuation(text: str) -> str:
-        exclude = set(string.punctuation)
-        return "".join(ch for ch in text if ch not in exclude)
-
-    return " ".join(remove_articles(remove_punctuation(s.lower())).split())
-
-
-def official_tokens(s: str) -> list[str]:
-    return official_normalise(s).split() if s else []
-
-
-def official_f1(gold: str, predicted: str) -> float:
-    gold_tokens, predicted_tokens = official_tokens(gold), official_tokens(predicted)
-    same = sum((collections.Counter(gold_tokens) & collections.Counter(predicted_tokens)).values())
-    if len(gold_tokens) == 0 or len(predicted_tokens) == 0:
-        return int(gold_tokens == predicted_tokens)
-    if same == 0:
-        return 0
-    precision, recall = 1.0 * same / len(predicted_tokens), 1.0 * same / len(gold_tokens)
-    return (2 * precision * recall) / (precision + recall)
-
-
-def official_scores(answer: str, references: list[str]) -> tuple[float, float]:
-    gold_answers = [gold for gold in references if official_normalise(gold)] or [""]
-    exact = max(int(official_normalise(gold) == official_normalise(answer)) for gold in gold_answers)
-    return exact, max(official_f1(gold, answer) for gold in gold_answers)
-
+KINDS = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+ROUGES: list[Measure] = [partial(rouge, kind=kind, tokenizer=how) for kind in KINDS for how in (None, "words")]
+OVERLAPS: list[Measure] = [bleu, chrf, *ROUGES]
+SQUADS: list[Measure] = [exact_match, token_f1]
 
 words = st.sampled_from(["the", "a", "An", "Paris", "paris,", "Saint-Denis", "東京", "É", "...", "'", "\n", ""])
-phrases = st.lists(words, max_size=6).map(" ".join)
-texts = phrases | st.text(max_size=20)
+texts = st.lists(words, max_size=6).map(" ".join) | st.text(max_size=20)
+
+# The first ROUGE imports nltk, which may take seconds.
+unhurried = settings(deadline=None)
 
 
+@unhurried
 @given(texts, st.lists(texts, max_size=4))
-def test_both_measures_equal_the_official_ones(answer: str, references: list[str]) -> None:
-    assert (exact_match(answer, references), token_f1(answer, references)) == official_scores(answer, references)
+def test_scores_stay_in_range(answer: str, references: list[str]) -> None:
+    assert all(0.0 <= measure(answer, references) <= 1.0 for measure in OVERLAPS + SQUADS)
+    assert token_f1(answer, references) == 1.0 or exact_match(answer, references) == 0.0
 
 
-@given(texts, st.lists(texts, max_size=4))
-def test_scores_stay_in_range_and_an_exact_match_has_full_f1(answer: str, references: list[str]) -> None:
-    exact, f1 = exact_match(answer, references), token_f1(answer, references)
-    assert exact in (0.0, 1.0) and 0.0 <= f1 <= 1.0
-    assert f1 == 1.0 or exact == 0.0
+@unhurried
+@given(texts, st.lists(texts, min_size=1, max_size=3))
+def test_the_best_reference_counts(answer: str, references: list[str]) -> None:
+    for measure in OVERLAPS:
+        assert measure(answer, references) == max(measure(answer, [gold]) for gold in references)
 
 
-@given(
-    texts,
-    st.lists(texts.filter(official_normalise), min_size=1, max_size=3),
-    texts.filter(official_normalise),
-)
-def test_one_more_reference_never_lowers_the_score(answer: str, references: list[str], more: str) -> None:
-    assert token_f1(answer, [*references, more]) >= token_f1(answer, references)
+@unhurried
+@given(texts, st.lists(texts, min_size=1, max_size=3), texts)
+def test_one_more_reference_that_says_something_never_lowers_the_score(
+    answer: str, references: list[str], more: str
+) -> None:
+    # To SQuAD an empty reference means that there is no answer, until another reference says something.
+    references, more = [gold + " Paris" for gold in references], more + " Paris"
+    for measure in OVERLAPS + SQUADS:
+        assert measure(answer, [*references, more]) >= measure(answer, references)
 
 
 @pytest.mark.parametrize(
@@ -94,11 +75,89 @@ def test_one_more_reference_never_lowers_the_score(answer: str, references: list
         ("Paris\n🙂", ["Paris"], 0, 2 / 3),
     ],
 )
-def test_known_cases(answer: str, references: list[str], exact: float, f1: float) -> None:
+def test_known_cases_of_squad(answer: str, references: list[str], exact: float, f1: float) -> None:
     assert exact_match(answer, references) == exact
     assert token_f1(answer, references) == pytest.approx(f1)
 
 
-def test_a_bare_string_is_not_a_list_of_references() -> None:
+@pytest.mark.parametrize("measure", OVERLAPS)
+def test_overlap_with_empty_text_is_none(measure: Measure) -> None:
+    for answer, references in [("", [""]), ("", ["Paris"]), ("Paris", [""]), ("Paris", []), ("", []), (" ", ["\n"])]:
+        assert measure(answer, references) == 0.0
+
+
+@pytest.mark.parametrize("measure", OVERLAPS)
+def test_a_perfect_answer_has_the_full_score(measure: Measure) -> None:
+    text = "The cat sat on the mat, and the dog ran."
+    assert measure(text, ["no", text]) == 1.0
+
+
+@pytest.mark.parametrize("measure", OVERLAPS + SQUADS)
+def test_a_bare_string_is_not_a_list_of_references(measure: Measure) -> None:
     with pytest.raises(TypeError, match=r"pass \['Paris'\]"):
-        token_f1("Paris", "Paris")
+        measure("Paris", "Paris")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "answer", "reference", "score"),
+    [
+        (None, "Running CATS", "the cat runs", 4 / 5),
+        (None, "Москва", "Москва", 0),
+        (None, "naïve", "na ve", 1),
+        ("words", "Я люблю Москву!", "я люблю москву", 1),
+        ("words", "हिन्दी में", "हिन्दी", 2 / 3),
+        ("words", "cafe\u0301", "café", 1),
+        ("words", "running", "runs", 0),
+        ("characters", "東京都。", "東京", 4 / 5),
+        ("characters", "你好，世界", "你好世界", 1),
+        ("characters", "👍🏽 好", "好", 1),
+        (str.split, "a. b", "a. c", 1 / 2),
+    ],
+)
+def test_rouge_sees_what_the_tokenizer_shows_it(
+    tokenizer: str | Callable[[str], list[str]] | None, answer: str, reference: str, score: float
+) -> None:
+    assert rouge(answer, [reference], "rouge1", tokenizer) == pytest.approx(score)
+
+
+def test_lines_are_the_sentences_of_rouge_lsum() -> None:
+    answer, reference = "the dog ran\nthe cat sat", "the cat sat\nthe dog ran"
+    assert rouge(answer, [reference], "rougeLsum") == 1.0
+    assert rouge(answer, [reference], "rougeL") == pytest.approx(1 / 2)
+    assert rouge(answer.replace("\n", ". "), [reference.replace("\n", ". ")], "rougeLsum") == pytest.approx(1 / 2)
+
+
+def test_unknown_kinds_and_tokenizers_are_refused_with_those_known() -> None:
+    with pytest.raises(ValueError, match=r"'rouge0'.*rouge1 to rouge9, rougeL or rougeLsum"):
+        rouge("a", ["a"], "rouge0")
+    with pytest.raises(ValueError, match=r"'word'.*'words', 'characters'"):
+        rouge("a", ["a"], tokenizer="word")
+
+
+def test_texts_that_would_take_seconds_are_refused_by_name() -> None:
+    with pytest.raises(TextTooLong, match=r"kind='rougeL'.*120,000 tokens.*shorten the answer"):
+        rouge("a " * 120_000, ["a " * 120_000])
+    lines = "\n".join(f"the cat{number} sat{number}" for number in range(3_000))
+    with pytest.raises(
+        TextTooLong, match=r"kind='rougeLsum'.*3,000 lines with 9,000 tokens against.*shorten the answer"
+    ):
+        rouge(lines, [lines], "rougeLsum")
+
+
+def test_threads_get_the_scores_of_one() -> None:
+    sentences = [f"running {number} cats happily agreed on {number % 7} mats" for number in range(60)]
+    pairs = [(answer, sentences[::7]) for answer in sentences]
+
+    def scores(pair: tuple[str, list[str]]) -> list[float]:
+        return [measure(*pair) for measure in OVERLAPS + SQUADS]
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(scores, pairs)) == [scores(pair) for pair in pairs]
+
+
+def test_only_short_words_are_remembered() -> None:
+    rouge("remembered", ["remembered"])
+    before = rewards._short_stem.cache_info()
+    assert before.maxsize is not None and before.currsize <= before.maxsize
+    rouge("forgotten" * 1000, ["forgotten" * 2000])
+    assert rewards._short_stem.cache_info().currsize == before.currsize
