@@ -28,6 +28,11 @@ class PlayedGroup:
         """Why samples of this group cannot be trained on."""
         return [t.error or "nothing was sampled, or not a finite number" for t in self.trajectories if not usable(t)]
 
+    @property
+    def usable(self) -> "PlayedGroup":
+        """The group without them: a sample that failed is masked, and does not take the others with it."""
+        return PlayedGroup(self.number, tuple(t for t in self.trajectories if usable(t)))
+
     def staleness(self, version: int) -> int:
         """Published version minus the oldest version in a sample."""
         return version - self.oldest_version

@@ -11,7 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
+
+from rollcast.config import ModelSection
 
 Message = dict[str, Any]
 Tools = Sequence[Mapping[str, Any]]
@@ -42,10 +45,19 @@ class ChatCodec:
         self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
 
     @classmethod
-    def from_folder(cls, path: str, trust_remote_code: bool = False) -> "ChatCodec":
+    def of(cls, model: ModelSection) -> "ChatCodec":
+        """The codec of a run's model: with its own chat template, or with the one that the run names."""
+        return cls.from_folder(model.path, model.trust_remote_code, model.chat_template)
+
+    @classmethod
+    def from_folder(cls, path: str, trust_remote_code: bool = False, chat_template: str | None = None) -> "ChatCodec":
+        """`chat_template` names a Jinja file that replaces the model's template."""
         from transformers import AutoTokenizer
 
-        return cls(AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code))
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if chat_template is not None:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        return cls(tokenizer)
 
     def open(
         self, system: str | None, user: str, few_shot: Sequence[tuple[str, str]] = (), tools: Tools = ()

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -19,6 +19,9 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from rollcast.errors import RollcastError, UsageError
+
+if TYPE_CHECKING:
+    from rollcast.config import RunConfig
 
 OVERRIDES = "rollcast.overrides"
 OVERRIDE = re.compile(r"--[A-Za-z_]\w*\.[^=]+(=.*)?", re.DOTALL)
@@ -63,6 +66,15 @@ def _value_of(word: str, rest: Iterator[str]) -> str:
     return value
 
 
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Settings of the run (docs/config.md).")]
+RunName = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run and of its folder.")]
+Resume = Annotated[
+    str, typer.Option(metavar="auto|never|PATH", help="Go on from the newest checkpoint, from none, or from this one.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")]
+PlanAsJson = Annotated[bool, typer.Option("--json", help="With --dry-run: the plan as JSON.")]
+
+
 @app.callback()
 def rollcast() -> None:
     """Reinforcement learning of language models as a service.
@@ -77,33 +89,66 @@ def rollcast() -> None:
 )
 def train(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Settings of the run (docs/config.md).")],
-    run: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run and of its folder.")] = None,
-    resume: Annotated[
-        str,
-        typer.Option(metavar="auto|never|PATH", help="Go on from the newest checkpoint, from none, or from this one."),
-    ] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: the plan as JSON.")] = False,
+    config: ConfigFile,
+    run: RunName = None,
+    resume: Resume = "auto",
+    dry_run: DryRun = False,
+    as_json: PlanAsJson = False,
 ) -> None:
     """Train a policy, or resume its training, here or on the cluster that RAY_ADDRESS names.
 
     Any setting can be given as --section.key VALUE.
     """
+    from rollcast.plan import run_directory
+
+    settings = _planned(config, _overrides(context, run), resume, dry_run, as_json, plays=True)
+    if settings is not None:
+        from rollcast.train import train as start
+
+        start(settings, run_directory(settings), resume)
+
+
+@app.command(
+    cls=WithOverrides,
+    epilog="Example: rollcast sft deploy/configs/translation-sft.toml --learner.learning_rate 1e-4",
+)
+def sft(
+    context: typer.Context,
+    config: ConfigFile,
+    run: RunName = None,
+    resume: Resume = "auto",
+    dry_run: DryRun = False,
+    as_json: PlanAsJson = False,
+) -> None:
+    """Warm up a policy on the references of its environments, before it is trained by reinforcement.
+
+    Takes the same settings as train. A step learns from as many references as train would play samples; the last policy
+    is written to RUN/policy, for model.path of the run that goes on. Any setting can be given as --section.key VALUE.
+    """
+    from rollcast.plan import run_directory
+
+    settings = _planned(config, _overrides(context, run), resume, dry_run, as_json, plays=False)
+    if settings is not None:
+        from rollcast.sft import sft as start
+
+        start(settings, run_directory(settings), resume)
+
+
+def _planned(
+    config: Path, overrides: list[str], resume: str, dry_run: bool, as_json: bool, plays: bool
+) -> "RunConfig | None":
+    """The settings of a run that can start here; None when only its plan was asked for, which is then printed."""
     from rollcast.config import load_config
-    from rollcast.plan import make_plan, render, run_directory
+    from rollcast.plan import make_plan, render
 
     if as_json and not dry_run:
         raise UsageError("--json prints nothing here", "only the plan is printed as JSON", "add --dry-run")
     _refuse_missing_checkpoint(resume)
-    settings = load_config(config, _overrides(context, run))
-    plan = make_plan(settings)
+    settings = load_config(config, overrides)
+    plan = make_plan(settings if plays else settings.without_rollouts())
     if dry_run:
         typer.echo(json.dumps(asdict(plan), indent=2) if as_json else render(plan))
-        return
-    from rollcast.train import train as start
-
-    start(settings, run_directory(settings), resume)
+    return None if dry_run else settings
 
 
 @app.command(cls=WithOverrides, epilog="Example: rollcast demo --seed 1 --run second")
@@ -232,6 +277,13 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(metavar="NAME", help="Split of the environment's data.")] = "test",
     samples: Annotated[int, typer.Option(min=0, metavar="N", help="Only the first N questions; 0: the split.")] = 0,
+    sampled: Annotated[
+        int, typer.Option(min=0, metavar="K", help="Also K sampled answers to each question: avg@k and pass@k.")
+    ] = 0,
+    which: Annotated[
+        Literal["best", "last"] | None,
+        typer.Option(help="Of a run: the best policy or the last one (default: best where one is recorded)."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a saved policy on a split: greedy answers, played in this process with the run's engine.
@@ -245,7 +297,8 @@ def evaluate(
 
     base, overrides = _run_dir(context)
     source = find_source(policy, base)
-    found = measured.evaluate_run(source, settings_of(source.run, overrides), env, split, samples, _report)
+    asked = measured.Asked(env, split, samples, sampled, which)
+    found = measured.evaluate_run(source, settings_of(source.run, overrides), asked, _report)
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))
     else:

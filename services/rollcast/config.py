@@ -85,6 +85,34 @@ class ModelSection(Section):
     """Type to compute in; `auto` is bfloat16 where the processor has it. Master weights are float32."""
     trust_remote_code: bool = False
     """Whether code that comes with the model may run on your machines."""
+    chat_template: str | None = None
+    """File with a Jinja chat template to use in place of the model's own."""
+
+    @field_validator("chat_template")
+    @classmethod
+    def _is_a_file(cls, path: str | None) -> str | None:
+        if path is not None and not Path(path).is_file():
+            why = f"there is no file {path!r}"
+            raise _refusal("model.chat_template", why, "name a Jinja file, or leave it out")
+        return path
+
+
+class RewardSection(Section):
+    """A reward function on top of an environment's own reward."""
+
+    function: Annotated[str, Field(min_length=1)]
+    """Built-in (`length`, `repetition`, `word_list`, `format`, `contains`, `compression`, `judge`, `reward_model`,
+    `classifier`), or yours: `package.module:function` or `path/to/file.py:function`."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
+    """What it is called in figures; without it, the function's own name."""
+    weight: float = 1.0
+    """What its value is multiplied with; negative for a penalty."""
+    timeout_s: Positive = 10.0
+    """Seconds that one call may take before its process is ended and the sample counted as failed."""
+    retries: NotNegative = 1
+    """Further tries after an exception, a timeout or a dead process."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the function."""
 
 
 class EnvSection(Section):
@@ -96,6 +124,26 @@ class EnvSection(Section):
     """Share of the prompts that this environment gets, relative to the others."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of `gymnasium.make`."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
+    """What it is called in figures; without it, the last part of its id."""
+
+    rewards: Annotated[tuple[RewardSection, ...], Field(strict=False)] = ()
+    """Reward functions added to the environment's own reward, each `[[env.rewards]]`."""
+    own_reward_weight: float = 1.0
+    """What the environment's own reward is multiplied with; 0 leaves the reward to `rewards` alone."""
+
+    @property
+    def label(self) -> str:
+        """The environment in names of metrics."""
+        return self.name or self.id.rsplit("/", 1)[-1]
+
+    @property
+    def scoring(self) -> dict[str, Any] | None:
+        """The rewards of the run, as they travel with a prompt."""
+        if not self.rewards and self.own_reward_weight == 1.0:
+            return None
+        rewards = [reward.model_dump(exclude_none=True) for reward in self.rewards]
+        return {"rewards": rewards, "own_weight": self.own_reward_weight}
 
 
 class RolloutSection(Section):
@@ -222,6 +270,14 @@ class EvalSection(Section):
     """Split of each environment's data to play."""
     samples: NotNegative = 0
     """Episodes of each environment; 0 plays the whole split."""
+    sampled: NotNegative = 0
+    """Further answers to each question at rollout.temperature, for avg@k and pass@k; 0 is greedy only."""
+    restrict_answers: bool = False
+    """Whether answers are restricted to the choices that an environment lists (vLLM's structured output)."""
+    best_metric: Annotated[str, Field(pattern=r"^[^/]+/.+$")] | None = None
+    """The figure by which the best policy is kept, such as `QA-v0/f1`; without it, none is."""
+    patience: NotNegative = 0
+    """Evaluations without a better eval.best_metric after which the run stops; 0 never stops."""
 
 
 class CheckpointSection(Section):
@@ -260,16 +316,48 @@ class RunConfig(Section):
         """Trajectories that one learner step trains on."""
         return self.learner.prompts_per_step * self.rollout.group_size
 
+    def without_rollouts(self) -> "RunConfig":
+        """The same for a run that plays nothing and needs no critic (`sft`): no worker, no engine."""
+        rollout = self.rollout.model_copy(update={"workers": 0, "engine": "scripted"})
+        learner = self.learner.model_copy(update={"critic": "none"})
+        return self.model_copy(update={"rollout": rollout, "learner": learner})
+
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
         shares = self.learner.minibatches * max(1, self.learner.num_learners)
         if shares > self.samples_per_step:
             why = f"{self.samples_per_step} samples a step cannot be cut into {shares} (with all learners)"
             raise _refusal("learner.minibatches", why, "lower it, or raise learner.prompts_per_step")
+        self._check_evaluation()
+        self._check_rewards()
         if self.learner.normalize_advantages == "group" and self.rollout.group_size == 1:
             why = "in a group of one sample every advantage is zero"
             raise _refusal("learner.normalize_advantages", why, 'use "batch", or raise rollout.group_size')
         return self
+
+    def _check_evaluation(self) -> None:
+        labels = [env.label for env in self.env]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice is not None:
+            why = f"two environments are called {twice!r}, and their figures could not be told apart"
+            raise _refusal("env.name", why, "give one of them another name")
+        if self.eval.patience and self.eval.best_metric is None:
+            raise _refusal("eval.patience", "no eval.best_metric says what better is", f'set it: "{labels[0]}/reward"')
+        if self.eval.best_metric is not None and self.eval.best_metric.partition("/")[0] not in labels:
+            why = f"{self.eval.best_metric!r} names none of the environments: {', '.join(labels)}"
+            raise _refusal("eval.best_metric", why, f'write ENVIRONMENT/METRIC, such as "{labels[0]}/reward"')
+        if self.eval.restrict_answers and self.rollout.engine != "vllm":
+            why = f"the {self.rollout.engine} engine has no structured output"
+            raise _refusal("eval.restrict_answers", why, 'set it to false, or rollout.engine to "vllm"')
+
+    def _check_rewards(self) -> None:
+        for number, env in enumerate(self.env):
+            for place, reward in enumerate(env.rewards):
+                longest = reward.timeout_s * (reward.retries + 1)
+                if longest >= self.rollout.env_timeout_s:
+                    why = f"{reward.retries + 1} tries of {reward.timeout_s:g} s do not fit into one step's time"
+                    fix = f"lower it or retries, or raise rollout.env_timeout_s above {longest:g}"
+                    raise _refusal(f"env.{number}.rewards.{place}.timeout_s", why, fix)
 
     def to_toml(self) -> str:
         """The resolved settings as a file that loads to the same."""

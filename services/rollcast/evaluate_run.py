@@ -27,8 +27,8 @@ from rollcast.engine_traces import engine_record
 from rollcast.environments import EnvironmentPool, register_environments
 from rollcast.episode import EpisodeLimits, play
 from rollcast.errors import RunFailed, UsageError
-from rollcast.evaluate import evaluation_prompts, figures, short_name
-from rollcast.export import Exported, Report, export
+from rollcast.evaluate import evaluation_prompts, figures, repeated, signatures
+from rollcast.export import Exported, Report, Which, export
 from rollcast.runs import Source
 from rollcast.sampler import Sampler
 from rollcast.weights import OWNER, PREFIX, SHARED_MEMORY
@@ -48,14 +48,28 @@ class Measured:
     first_error: str | None
     figures: dict[str, float]
     """As in metrics.jsonl: `eval/<env>/<metric>` and `eval_kind/<env>/<kind>/<metric>`."""
+    signatures: dict[str, str]
+    """How each corpus metric was computed, in its library's words."""
     counts: dict[str, int]
-    """Answers by `<env>/<kind>`."""
+    """Greedy answers by `<env>/<kind>`."""
 
 
-def evaluate_run(
-    source: Source, config: RunConfig, env: str | None, split: str, samples: int, report: Report
-) -> Measured:
-    """Plays the split with the run's engine; without `env`, in the run's own environments.
+@dataclass(frozen=True)
+class Asked:
+    """What to measure. Command line -> `evaluate_run`."""
+
+    env: str | None
+    """Environment to play; None for the run's own."""
+    split: str
+    samples: int
+    """Questions of each environment; 0 for the whole split."""
+    sampled: int
+    """Further answers to each question at the run's temperature."""
+    which: Which | None
+
+
+def evaluate_run(source: Source, config: RunConfig, asked: Asked, report: Report) -> Measured:
+    """Plays the split with the run's engine.
 
     Raises `UsageError` for an engine without a model, `RunFailed` when no episode ended well.
     """
@@ -66,22 +80,23 @@ def evaluate_run(
             "Measure the policy with another engine: --rollout.engine torch, or vllm.",
         )
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
-    questions = _questions(config, env, split, samples)
+    questions = _questions(config, asked)
     with tempfile.TemporaryDirectory(prefix="rollcast-eval-") as folder:
-        policy = export(source, Path(folder) / "policy", None, config, report)
+        policy = export(source, Path(folder) / "policy", asked.which, config, report)
         with _ended_by_sigterm():
-            answers = asyncio.run(_play(config, policy, questions, report))
-    return _measured(policy, split, answers)
+            answers, sampled = asyncio.run(_play(config, policy, questions, asked.sampled, report))
+    return _measured(policy, asked.split, answers, sampled)
 
 
-def _questions(config: RunConfig, env: str | None, split: str, samples: int) -> list[Prompt]:
+def _questions(config: RunConfig, asked: Asked) -> list[Prompt]:
     register_environments()
-    settings = EvalSection(split=split, samples=samples)
+    settings = EvalSection(split=asked.split, samples=asked.samples)
     try:
-        return evaluation_prompts(_environments(config, env), settings)
+        return evaluation_prompts(_environments(config, asked.env), settings)
     except (ValueError, TypeError) as error:
         fix = "Correct --split, or the arguments: --env.0.kwargs.KEY VALUE."
-        raise UsageError(f"The split {split!r} cannot be played.", f"The environment says: {error}", fix) from error
+        what = f"The split {asked.split!r} cannot be played."
+        raise UsageError(what, f"The environment says: {error}", fix) from error
 
 
 def _environments(config: RunConfig, env: str | None) -> Sequence[EnvSection]:
@@ -92,7 +107,7 @@ def _environments(config: RunConfig, env: str | None) -> Sequence[EnvSection]:
     return played[:1] or [EnvSection(id=env)]
 
 
-def _measured(policy: Exported, split: str, answers: Sequence[Trajectory]) -> Measured:
+def _measured(policy: Exported, split: str, answers: Sequence[Trajectory], sampled: Sequence[Trajectory]) -> Measured:
     errors = [answer.error for answer in answers if answer.error is not None]
     if len(errors) == len(answers):
         cause = f"The first failure was: {errors[0]}" if errors else "The split holds no questions."
@@ -100,7 +115,7 @@ def _measured(policy: Exported, split: str, answers: Sequence[Trajectory]) -> Me
     counts: dict[str, int] = {}
     for answer in answers:
         if answer.error is None:
-            place = f"{short_name(answer.prompt.env_id)}/{answer.kind}"
+            place = f"{answer.prompt.label}/{answer.kind}"
             counts[place] = counts.get(place, 0) + 1
     return Measured(
         run=policy.run,
@@ -110,7 +125,8 @@ def _measured(policy: Exported, split: str, answers: Sequence[Trajectory]) -> Me
         asked=len(answers),
         errors=len(errors),
         first_error=errors[0] if errors else None,
-        figures=figures(answers),
+        figures=figures(answers, sampled),
+        signatures=signatures(answers),
         counts=dict(sorted(counts.items())),
     )
 
@@ -118,23 +134,30 @@ def _measured(policy: Exported, split: str, answers: Sequence[Trajectory]) -> Me
 # ---- playing
 
 
-async def _play(config: RunConfig, policy: Exported, questions: Sequence[Prompt], report: Report) -> list[Trajectory]:
+async def _play(
+    config: RunConfig, policy: Exported, questions: Sequence[Prompt], times: int, report: Report
+) -> tuple[list[Trajectory], list[Trajectory]]:
+    """Greedy answers, and `times` sampled ones to each question."""
     rollout = config.rollout
-    codec = ChatCodec.from_folder(policy.path, config.model.trust_remote_code)
+    codec = ChatCodec.from_folder(policy.path, config.model.trust_remote_code, config.model.chat_template)
     pool = EnvironmentPool(rollout.env_timeout_s)
     limits = EpisodeLimits(rollout.max_turns, rollout.max_attempts)
-    greedy = Sampling(0.0, rollout.max_new_tokens)
+    restricted = config.eval.restrict_answers
+    greedy = Sampling(0.0, rollout.max_new_tokens, restricted)
+    drawn = Sampling(rollout.temperature, rollout.max_new_tokens, restricted)
     free = asyncio.Semaphore(rollout.concurrency)
     report(f"starting the {rollout.engine} engine with policy version {policy.policy_version}")
     async with _engine(config, policy) as sampler:
         report(f"asking {len(questions)} questions")
 
-        async def ask(prompt: Prompt) -> Trajectory:
+        async def ask(prompt: Prompt, sampling: Sampling) -> Trajectory:
             async with free:
-                return await play(prompt, pool, sampler, codec, greedy, limits)
+                return await play(prompt, pool, sampler, codec, sampling, limits)
 
         try:
-            return list(await asyncio.gather(*[ask(prompt) for prompt in questions]))
+            answers = await asyncio.gather(*[ask(prompt, greedy) for prompt in questions])
+            sampled = await asyncio.gather(*[ask(prompt, drawn) for prompt in repeated(questions, times)])
+            return list(answers), list(sampled)
         finally:
             pool.close()
 
@@ -165,6 +188,7 @@ async def _engine(config: RunConfig, policy: Exported) -> AsyncIterator[Sampler]
             concurrency=rollout.concurrency,
             tensor_parallel=rollout.tensor_parallel,
             threads=len(os.sched_getaffinity(0)),
+            structured=config.eval.restrict_answers,
             engine_args=rollout.engine_args,
             record=record,
         )
@@ -208,6 +232,8 @@ def show(found: Measured, console: Console) -> None:
     console.print(f"{found.run}{step}, policy version {found.policy_version}: split {found.split}, greedy answers")
     for env in dict.fromkeys(place.partition("/")[0] for place in found.counts):
         _show_environment(found, env, console)
+    for name, signature in found.signatures.items():
+        console.print(f"{name.removeprefix('eval/')}: {signature}", soft_wrap=True)
     if found.errors:
         console.print(f"{found.errors} of {found.asked} episodes failed and are not counted; the first:")
         console.print(harmless(str(found.first_error)))

@@ -3,8 +3,9 @@
 Owns: which saved policy is meant, and what such a folder holds. Does not know how a policy is saved (`checkpoint.py`,
 `rollcast_learners.state`, `weights.py`) or who loads it.
 
-The newest whole checkpoint is taken: its float32 masters, cast as they are when published. Where no checkpoint is left,
-the published weights of the run folder are. Everything but the tensors comes from the model that training began from.
+The best policy is the one that `eval.best_metric` chose (`best.py`). Of the last, the newest whole checkpoint is taken:
+its float32 masters, cast as they are when published; where no checkpoint is left, the published weights of the run
+folder are. Everything but the tensors comes from the model that training began from.
 """
 
 import json
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rollcast import checkpoint
+from rollcast import best, checkpoint
 from rollcast.checkpoint import Checkpoint
 from rollcast.config import RunConfig, load_config
 from rollcast.errors import ConfigError, RollcastError, RunFailed, UsageError
@@ -49,14 +50,16 @@ def settings_of(run: RunDir, overrides: Sequence[str] = ()) -> RunConfig:
 
 def export(source: Source, target: Path, which: Which | None, config: RunConfig, report: Report) -> Exported:
     """Writes the folder `target`, which is new or empty: whole, or not at all."""
-    _refuse_best(source, which)
+    which = _which(source, which)
     _refuse_occupied(target)
     base = base_model(config)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
         partial.mkdir(parents=True)
-        step, version = _write_policy(source, partial, config, report)
+        step, version = _write_policy(source, which, partial, config, report)
         _describe(base, partial)
+        if config.model.chat_template is not None:
+            shutil.copyfile(config.model.chat_template, partial / "chat_template.jinja")
         partial.rename(target)
     except OSError as error:
         fix = "Free that path, make room, or name another folder."
@@ -86,16 +89,21 @@ def base_model(config: RunConfig) -> Path:
         ) from error
 
 
-def _refuse_best(source: Source, which: Which | None) -> None:
+def _which(source: Source, which: Which | None) -> Which:
+    """What is meant: the best policy where one is kept, else the last. Raises `UsageError` for what there is not."""
     if which is not None and source.checkpoint is not None:
         why = f"{source.checkpoint} is one checkpoint already."
         raise UsageError("--which chooses among the checkpoints of a run.", why, "Leave --which out, or name the run.")
-    if which == "best":
+    kept = best.read(source.run)
+    if which == "best" and kept is None:
         raise UsageError(
             f"The run {source.run.path.name} has no best checkpoint.",
             "None was recorded: no evaluation has chosen one.",
             "Use --which last, or name a checkpoint such as runs/NAME/checkpoints/step_10.",
         )
+    if which is None:
+        return "best" if kept is not None and source.checkpoint is None else "last"
+    return which
 
 
 def _refuse_occupied(target: Path) -> None:
@@ -108,12 +116,21 @@ def _refuse_occupied(target: Path) -> None:
 # ---- the tensors
 
 
-def _write_policy(source: Source, folder: Path, config: RunConfig, report: Report) -> tuple[int | None, int]:
+def _write_policy(
+    source: Source, which: Which, folder: Path, config: RunConfig, report: Report
+) -> tuple[int | None, int]:
     """Writes model.safetensors; returns step and policy version."""
     target = folder / "model.safetensors"
+    kept = best.read(source.run)
+    if which == "best" and kept is not None:
+        _copy_published(_read_published(source.run.best), target)
+        return int(kept["step"]), int(kept["policy_version"])
     found = _checkpoint_of(source, report)
     if found is None:
-        return None, _copy_published(source.run, target)
+        weights = newest_published(source.run)
+        if weights is None:
+            raise _nothing_saved(source.run)
+        return None, _copy_published(weights, target)
     from rollcast_learners.state import export_policy
 
     export_policy(found.path, target, _published_dtypes(source.run, config))
@@ -167,14 +184,11 @@ def _entry(row: dict[str, Any]) -> TensorEntry:
     return TensorEntry(**{**row, "shape": tuple(row["shape"])})
 
 
-def _copy_published(run: RunDir, target: Path) -> int:
+def _copy_published(weights: Weights, target: Path) -> int:
     from safetensors.torch import save_file
 
     from rollcast_learners.arena import InvalidWeights, TensorSpec, open_tensors, validate
 
-    weights = newest_published(run)
-    if weights is None:
-        raise _nothing_saved(run)
     try:
         validate(weights, weights.folder, [TensorSpec(e.name, e.dtype, e.shape) for e in weights.manifest])
     except InvalidWeights as error:

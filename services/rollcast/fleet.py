@@ -103,15 +103,14 @@ class Fleet:
             self._leases[lease.id] = lease
             self._play(worker, lease.id, self.prompts.group(lease.group, lease.attempt), self.sampling)
 
-    def evaluate(self, prompts: Sequence[Prompt], chunk: int = 16) -> None:
-        """Plays prompts greedily under the current policy; results appear in `evaluated`."""
-        greedy = Sampling(0.0, self.sampling.max_new_tokens)
+    def evaluate(self, prompts: Sequence[Prompt], sampling: Sampling, chunk: int = 16) -> None:
+        """Plays prompts under the current policy; results appear in `evaluated`."""
         ready = [worker for worker, state in self._states.items() if state.ready]
         for start in range(0, len(prompts), chunk):
             worker = ready[(start // chunk) % len(ready)]
             part = list(prompts[start : start + chunk])
             self._evaluations[self._next_evaluation] = (worker, part)
-            self._play(worker, self._next_evaluation, part, greedy)
+            self._play(worker, self._next_evaluation, part, sampling)
             self._next_evaluation -= 1
 
     def announce(self, weights: Weights) -> None:

@@ -141,6 +141,8 @@ def _processes(config: RunConfig) -> tuple[Process, ...]:
         else []
     )
     trainer = "the loop, ledger, versions, checkpoints" + ("" if group else f"; learns itself ({learns})")
+    if not rollout.workers:
+        return (Process("trainer", 1, 0, 0, trainer), *group)
     return (
         Process("trainer", 1, 0, 0, trainer),
         *group,

@@ -17,11 +17,13 @@ from rich.markup import escape
 STATUS_EVERY_S = 1.0
 COLUMNS = (
     ("reward", "reward/mean", "{:.3f}"),
+    ("loss", "loss/supervised", "{:.3f}"),
     ("KL", "kl/behaviour", "{:.4f}"),
     ("entropy", "loss/entropy", "{:.2f}"),
     ("explained", "explained_variance", "{:.2f}"),
     ("stale", "staleness/mean", "{:.1f}"),
     ("samples/s", "samples_per_s", "{:.1f}"),
+    ("tokens/s", "learner/tokens_per_s", "{:.0f}"),
 )
 
 

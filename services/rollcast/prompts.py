@@ -25,6 +25,14 @@ class PromptStream:
         env = draw.choices(self.envs, [env.weight for env in self.envs])[0]
         seed = draw.randrange(2**31)
         return [
-            Prompt(f"{number}.{attempt}.{sample}", str(number), env.id, seed, env.kwargs)
+            Prompt(
+                f"{number}.{attempt}.{sample}",
+                str(number),
+                env.id,
+                seed,
+                env.kwargs,
+                env_name=env.label,
+                scoring=env.scoring,
+            )
             for sample in range(self.group_size)
         ]

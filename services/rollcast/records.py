@@ -20,6 +20,8 @@ def record(trajectory: Trajectory) -> dict[str, Any]:
         "kind": trajectory.kind,
         "reward": trajectory.reward,
         "metrics": dict(trajectory.metrics),
+        "parts": dict(trajectory.parts),
+        "references": list(trajectory.references),
         "terminated": trajectory.terminated,
         "truncated": trajectory.truncated,
         "error": trajectory.error,

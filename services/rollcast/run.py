@@ -4,32 +4,34 @@ Owns: building learners, store, fleet, ledger and buffer for a configuration; pu
 recording and saving; what is put back on a resume. Does not know how any part works inside.
 """
 
+import json
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean
 from types import FrameType
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from rollcast import checkpoint, cluster, metrics, records
+from rollcast import checkpoint, cluster, figures, metrics, records
+from rollcast.best import BestPolicy
 from rollcast.buffer import ErrorShare, PlayedGroup, TrajectoryBuffer
 from rollcast.chat import ChatCodec
 from rollcast.cluster import Dtype
 from rollcast.config import RunConfig
 from rollcast.errors import RunDiverged, RunFailed
-from rollcast.evaluate import Evaluation, creator_of, evaluation_prompts
+from rollcast.evaluate import Evaluation, creator_of, evaluation_prompts, signatures
 from rollcast.fleet import Fleet, FleetSettings
 from rollcast.plot import learning_curve
 from rollcast.probe import probe_tokens
 from rollcast.progress import Progress
 from rollcast.prompts import PromptStream
 from rollcast.resume import Start, choose_start
-from rollcast.rundir import RunDir
+from rollcast.rundir import RunDir, write_atomic
 from rollcast.runner import WorkerSpec
 from rollcast.weights import Store
 from rollcast_learners.arena import NonFiniteWeights, TensorSpec
@@ -43,6 +45,8 @@ T = TypeVar("T")
 
 LOST_AFTER_LEASES = 3
 """A worker that has not answered for so many lease times is lost."""
+SLOW_REWARD_S = 1.0
+"""A call of a user's reward function beyond this is told."""
 
 
 class Run:
@@ -74,12 +78,13 @@ class Run:
         for env in config.env:
             creator_of(env.id)
         self._questions = evaluation_prompts(config.env, config.eval) if config.eval.every else []
+        self.best = BestPolicy(folder, config.eval, start.step)
         self._build(start)
 
     def _build(self, start: Start) -> None:
         config = self.config
         dtype = cluster.compute_dtype(config)
-        codec = ChatCodec.from_folder(config.model.path, config.model.trust_remote_code)
+        codec = ChatCodec.of(config.model)
         self._probe_tokens = probe_tokens(codec.tokenizer, config.weights.probe_tokens)
         with self.watch("start learner"):
             self._waiting("the learner to start")
@@ -119,7 +124,7 @@ class Run:
 
     @property
     def goes_on(self) -> bool:
-        return self.step < self.config.run.steps and self.stop_signal is None
+        return self.step < self.config.run.steps and self.stop_signal is None and not self.best.out_of_patience
 
     def is_due(self, every: int) -> bool:
         """Whether something done every so many steps (0: never), and after the last one, is due now."""
@@ -168,7 +173,9 @@ class Run:
     def evaluate(self) -> None:
         """Starts an evaluation of the current policy beside whatever comes next."""
         if self._questions:
-            self._evaluation = Evaluation(self.step, self.weights.version, self._questions)
+            self._evaluation = Evaluation(
+                self.step, self.weights.version, self._questions, self.config.eval, self.sampling
+            )
             self._evaluation.ask(self.fleet)
 
     def finish_evaluation(self) -> None:
@@ -178,10 +185,24 @@ class Run:
         with self.watch("wait for evaluation"):
             while not self._evaluation.done(self.fleet):
                 self._feed_and_gather("the evaluation")
-        self._held |= self._evaluation.figures()
-        records.write(self.folder.evaluations, self._evaluation.step, self._evaluation.answers)
-        self._evaluation = None
+        done, self._evaluation = self._evaluation, None
+        measured = done.figures()
+        self._held |= measured
+        records.write(self.folder.evaluations, done.step, [*done.answers, *done.sampled])
+        write_atomic(self.folder.signatures, json.dumps(signatures(done.answers), indent=2) + "\n")
         self._write_row()
+        self._judge(done, measured)
+
+    def _judge(self, done: Evaluation, measured: dict[str, float]) -> None:
+        """Keeps the policy that was measured if it is the best one: nothing newer has been published yet."""
+        assert done.version == self.weights.version, "an evaluation is over before the next version is published"
+        with self.watch("checkpoint"):
+            self.best.judge(done.step, done.version, measured, lambda path: self.store.save(self.weights, path))
+        if self.best.out_of_patience:
+            settings = self.config.eval
+            self.progress.say(
+                f"stopping early: {settings.patience} evaluations in a row without a better {settings.best_metric}"
+            )
 
     def record(self) -> None:
         """One row of metrics and one line on the terminal, once the evaluation of this step is in."""
@@ -248,13 +269,14 @@ class Run:
         self._gather(activity)
 
     def _gather(self, activity: str) -> None:
+        needed = 2 if self.config.learner.normalize_advantages == "group" else 1
         for group in self.fleet.gather():
             self.errors.add(group)
-            if group.errors:
-                self.dropped_errors += len(group.errors)
+            self.dropped_errors += len(group.errors)
+            if len(group.usable.trajectories) < needed:
                 self.ledger.fail(group.number, group.errors[0])
             else:
-                self.buffer.add([group])
+                self.buffer.add([group.usable])
         for refusal in self.fleet.refusals:
             self.progress.say(f"a worker refused the new policy and plays on with the old one: {refusal}")
         self.fleet.refusals.clear()
@@ -272,17 +294,12 @@ class Run:
 
     def _note_batch(self, groups: Sequence[PlayedGroup], trained: int, rows: int) -> None:
         trajectories = [t for group in groups for t in group.trajectories]
-        rewards = [t.reward for t in trajectories]
-        ages = [self.weights.version - t.versions[0] for t in trajectories]
-        self._figures |= {
-            "reward/mean": fmean(rewards),
-            "reward/std": pstdev(rewards),
-            "staleness/mean": fmean(ages),
-            "staleness/max": float(max(ages)),
-            "tokens/trained": float(trained),
-            "tokens/useful_ratio": trained / rows,
-        }
+        self._figures |= figures.of_batch(trajectories, self.weights.version, trained, rows)
         self._batch_rows, self._batch_samples = rows, len(trajectories)
+        for name, longest in self._figures.items():
+            if name.startswith("reward_s/") and name.endswith("/max") and longest > SLOW_REWARD_S:
+                function = name.split("/")[1]
+                self.progress.say(f"reward {function} is slow: up to {longest:.1f} s a call in step {self.step + 1}")
 
     def _rates(self, seconds: float) -> dict[str, float]:
         """Where the time since the last row went: every role busy, idle, and what it waited for."""
@@ -344,39 +361,61 @@ class Run:
         self.writer.close()
 
 
-def learner_spec(config: RunConfig, dtype: Dtype) -> LearnerSpec:
+def learner_spec(config: RunConfig, dtype: Dtype, supervised: bool = False) -> LearnerSpec:
     """What a learner is built from, out of a run's configuration."""
     model = config.model
     return LearnerSpec(
         PolicySettings(model.path, dtype, config.learner.critic, model.trust_remote_code),
         config.learner,
         config.kl,
-        config.rollout.temperature,
+        1.0 if supervised else config.rollout.temperature,
         config.run.steps,
         config.run.seed,
+        supervised,
     )
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    """As it is written beside the run: a model folder by its absolute path, readable from any other folder."""
-    folder = Path(config.model.path)
-    path = str(folder.resolve()) if folder.is_dir() else config.model.path
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+    """As it is written beside the run: files and folders by their absolute paths, readable from any other folder."""
+    folder, template = Path(config.model.path), config.model.chat_template
+    absolute = {
+        "path": str(folder.resolve()) if folder.is_dir() else config.model.path,
+        "chat_template": str(Path(template).resolve()) if template is not None else None,
+    }
+    return config.model_copy(update={"model": config.model.model_copy(update=absolute)})
+
+
+class Stoppable(Protocol):
+    """A run that signals ask to stop, and that leaves nothing behind once it is closed."""
+
+    stop_signal: int | None
+    progress: Progress
+
+    def close(self) -> None: ...
+
+
+R = TypeVar("R", bound=Stoppable)
 
 
 @contextmanager
-def opened(config: RunConfig, path: Path, resume: str) -> Iterator[Run]:
+def opened(
+    config: RunConfig,
+    path: Path,
+    resume: str,
+    make: Callable[[RunConfig, RunDir, Start, Progress], R],
+    plays: bool = True,
+) -> Iterator[R]:
     """A run from its first process to its last. Signals ask it to stop; a second Ctrl-C does not wait."""
     folder = RunDir(path)
     folder.create()
-    with cluster.connected(config) as address:
+    with cluster.connected(config if plays else config.without_rollouts()) as address:
         folder.claim(address, cluster.NAMESPACE)
         progress = Progress(folder.path / "status.json", folder.logs / "trainer.log", config.run.steps)
         start = choose_start(folder, resume, progress.say)
         folder.config.write_text(resolved(config).to_toml(), encoding="utf-8")
         progress.start()
         try:
-            run = Run(config, folder, start, progress)
+            run = make(config, folder, start, progress)
             try:
                 with stopped_by_signals(run):
                     yield run
@@ -387,7 +426,7 @@ def opened(config: RunConfig, path: Path, resume: str) -> Iterator[Run]:
 
 
 @contextmanager
-def stopped_by_signals(run: Run) -> Iterator[None]:
+def stopped_by_signals(run: Stoppable) -> Iterator[None]:
     """SIGTERM and the first Ctrl-C let the run save and end; the second Ctrl-C interrupts."""
 
     def ask(number: int, _: FrameType | None) -> None:

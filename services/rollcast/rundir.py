@@ -72,6 +72,14 @@ class RunDir:
         return self.path / "weights"
 
     @property
+    def best(self) -> Path:
+        return self.weights / "best"
+
+    @property
+    def signatures(self) -> Path:
+        return self.path / "signatures.json"
+
+    @property
     def ledger(self) -> Path:
         return self.path / "ledger.jsonl"
 

@@ -66,8 +66,7 @@ class RolloutRunner(EnvRunner):
     async def start(self, weights: Weights) -> Loaded:
         """Starts the engine and takes in the current policy. Minutes on a large model."""
         rollout = self.spec.config.rollout
-        model = self.spec.config.model
-        codec = ChatCodec.from_folder(model.path, model.trust_remote_code)
+        codec = ChatCodec.of(self.spec.config.model)
         self.worker = RolloutWorker(
             await self._engine(codec),
             codec,
@@ -154,6 +153,7 @@ class RolloutRunner(EnvRunner):
             concurrency=rollout.concurrency,
             tensor_parallel=rollout.tensor_parallel,
             threads=rollout.cpus_per_worker,
+            structured=config.eval.restrict_answers,
             engine_args=rollout.engine_args,
             record=folder / engine_record(self.name),
         )

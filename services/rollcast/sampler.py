@@ -33,7 +33,7 @@ class Sampler(Protocol):
 
     async def sample(self, token_ids: Sequence[int], sampling: Sampling, request_id: str) -> Completion:
         """Continues `token_ids`. Raises `EngineDied` when the engine is lost, `ValueError` when the prompt
-        does not fit the context."""
+        does not fit the context, or when the engine cannot restrict answers to `sampling.choices`."""
 
     async def load(self, weights: Weights, folder: str) -> LoadReport:
         """Swaps to `weights`, whose segment files lie in `folder` on this node and were validated by the
@@ -84,9 +84,7 @@ class ScriptedSampler:
         self._running.set()
 
     async def sample(self, token_ids: Sequence[int], sampling: Sampling, request_id: str) -> Completion:
-        room = min(sampling.max_new_tokens, self.max_model_len - len(token_ids))
-        if room < 1:
-            raise ValueError(f"a prompt of {len(token_ids)} tokens does not fit a context of {self.max_model_len}")
+        room = room_for(token_ids, sampling, self.max_model_len)
         said = [*self.script(token_ids, self.version, random.Random(request_id)), self.eos_token_id][:room]
         versions = []
         for _ in said:
@@ -115,6 +113,16 @@ class ScriptedSampler:
 
     async def close(self) -> None:
         """Nothing was started."""
+
+
+def room_for(token_ids: Sequence[int], sampling: Sampling, max_model_len: int) -> int:
+    """How many tokens an engine without structured output may answer. Raises `ValueError` as `Sampler.sample` does."""
+    if sampling.choices is not None:
+        raise ValueError("this engine has no structured output: set eval.restrict_answers to false")
+    room = min(sampling.max_new_tokens, max_model_len - len(token_ids))
+    if room < 1:
+        raise ValueError(f"a prompt of {len(token_ids)} tokens does not fit a context of {max_model_len}")
+    return room
 
 
 def spans_of(versions: Sequence[int]) -> tuple[VersionSpan, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rollcast.chat import stop_token_ids
-from rollcast.sampler import LoadReport, spans_of
+from rollcast.sampler import LoadReport, room_for, spans_of
 from rollcast_learners.arena import open_tensors
 from rollcast_learners.types import Completion, Sampling, Weights
 
@@ -35,9 +35,7 @@ class TorchSampler:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch-sampler")
 
     async def sample(self, token_ids: Sequence[int], sampling: Sampling, request_id: str) -> Completion:
-        room = min(sampling.max_new_tokens, self.max_model_len - len(token_ids))
-        if room < 1:
-            raise ValueError(f"a prompt of {len(token_ids)} tokens does not fit a context of {self.max_model_len}")
+        room = room_for(token_ids, sampling, self.max_model_len)
         seed = int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=7).digest(), "big")
         random = torch.Generator().manual_seed(seed)
         said: list[int] = []

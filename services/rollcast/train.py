@@ -15,7 +15,7 @@ from rollcast.run import Run, opened
 
 def train(config: RunConfig, run_dir: Path, resume: str = "auto") -> None:
     """Runs or resumes a run in `run_dir`. Raises `RollcastError`; `KeyboardInterrupt` after Ctrl-C, saved."""
-    with opened(config, run_dir, resume) as run:
+    with opened(config, run_dir, resume, Run) as run:
         loop(run)
         stopped_by = run.stop_signal
     if stopped_by == signal.SIGINT:

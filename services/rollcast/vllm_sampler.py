@@ -39,7 +39,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -93,16 +93,20 @@ class VllmSampler:
         threads: int | None = None,
         kv_cache_gib: float = 1.0,
         seeded: bool = False,
+        structured: bool = False,
         engine_args: Mapping[str, Any] | None = None,
         record: Path | None = None,
     ) -> "VllmSampler":
         """Starts an engine on the Hugging Face folder `model_path`, whose weights are policy `version`.
 
-        `threads` and `kv_cache_gib` are for the CPU backend. `seeded` draws each answer from a seed made of
-        its request id. `engine_args` replace any of vLLM's. `record` names the file that lists the engine's
-        processes and shared memory for `sweep`; what an earlier engine recorded there is swept first.
+        `threads` and `kv_cache_gib` are for the CPU backend. `seeded` draws each answer from a seed made of its request
+        id. `structured` lets samplings restrict their answers to `choices`. `engine_args` replace any of vLLM's.
+        `record` names the file that lists the engine's processes and shared memory for `sweep`; what an earlier engine
+        recorded there is swept first.
         """
         arguments = _arguments(model_path, dtype, max_model_len, concurrency, tensor_parallel, kv_cache_gib)
+        if structured:  # Grammars are compiled against the engine's own tokenizer.
+            arguments["skip_tokenizer_init"] = False
         arguments |= engine_args or {}
         if record is not None:
             sweep(record)
@@ -126,6 +130,7 @@ class VllmSampler:
             seed=_seed(request_id) if self._seeded else None,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            structured_outputs=StructuredOutputsParams(choice=list(sampling.choices)) if sampling.choices else None,
         )
         output = await self._ask(token_ids, params, request_id, salt=f"policy {self.version}")
         return _completion(output.outputs[0])

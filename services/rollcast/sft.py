@@ -1,0 +1,192 @@
+"""`rollcast sft`: a supervised warm start on an environment's references, for tasks that a model cannot begin to do.
+
+Owns: the order of the examples, the held-out loss, and the policy folder that training goes on from. Does not know how
+a reference becomes tokens (`references.py`) nor how it is learned (`rollcast_learners.supervised`).
+
+A run of `sft` is a run like any other: the same folder, metrics, checkpoints, `rollcast eval` and `rollcast export`.
+Step N is made of the same examples whenever it is made, so that a resumed run goes on as if nothing had happened.
+"""
+
+import random
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rollcast import checkpoint, cluster, metrics
+from rollcast.chat import ChatCodec
+from rollcast.config import EnvSection, RunConfig
+from rollcast.errors import RunDiverged
+from rollcast.export import export
+from rollcast.progress import Progress
+from rollcast.references import ReferenceSource
+from rollcast.resume import Start
+from rollcast.run import learner_spec, opened
+from rollcast.rundir import RunDir
+from rollcast.runs import Source
+from rollcast_learners.batch import Batch, collate
+from rollcast_learners.rllib import Learners
+from rollcast_learners.types import Trajectory
+
+POLICY = "policy"
+"""Folder of the run that holds the last policy in Hugging Face's form: what `model.path` of the next run names."""
+HELD_OUT_EXAMPLES = 128
+
+
+def sft(config: RunConfig, run_dir: Path, resume: str = "auto") -> None:
+    """Runs or resumes a warm start in `run_dir`. Raises `RollcastError`; `KeyboardInterrupt` after Ctrl-C, saved."""
+    with opened(config, run_dir, resume, SupervisedRun, plays=False) as run:
+        loop(run)
+        stopped_by = run.stop_signal
+    if stopped_by == signal.SIGINT:
+        raise KeyboardInterrupt
+
+
+def loop(run: "SupervisedRun") -> None:
+    """From the held-out loss before the first step to the policy folder."""
+    if run.step == 0:
+        run.evaluate()
+        run.record()
+    while run.goes_on:
+        run.learn(run.examples())
+        if run.is_due(run.config.eval.every):
+            run.evaluate()
+        run.record()
+        if run.is_due(run.config.checkpoint.every):
+            run.save()
+    run.finish()
+
+
+class SupervisedRun:
+    """A learner and the references it learns from. Made by `opened`; every public method is a verb of the loop."""
+
+    def __init__(self, config: RunConfig, folder: RunDir, start: Start, progress: Progress) -> None:
+        self.config = config
+        self.folder = folder
+        self.progress = progress
+        self.step = start.step
+        self.stop_signal: int | None = None
+        self.watch = metrics.Stopwatch()
+        self._figures: dict[str, float] = {}
+        self._last_row = time.monotonic()
+        self._saved_step = start.step
+        self._tokens = 0
+        settings = config.without_rollouts()
+        codec = ChatCodec.of(config.model)
+        self._train = [self._source(env, "train", codec) for env in config.env]
+        self._held_out = collate(self._first(config, codec))
+        self.writer = metrics.MetricsWriter(folder.metrics, folder.tensorboard if config.tracking.tensorboard else None)
+        self._waiting("the learner to start")
+        self.learners = Learners(learner_spec(settings, cluster.compute_dtype(config), supervised=True))
+        if start.checkpoint is not None:
+            self.learners.load(start.checkpoint)
+
+    # ---- the verbs of the loop
+
+    @property
+    def goes_on(self) -> bool:
+        return self.step < self.config.run.steps and self.stop_signal is None
+
+    def is_due(self, every: int) -> bool:
+        """Whether something done every so many steps (0: never), and after the last one, is due now."""
+        return every > 0 and (self.step % every == 0 or self.step == self.config.run.steps)
+
+    def examples(self) -> Batch:
+        """The references of the next step: each environment's split in an order drawn anew each time through."""
+        count = self.config.samples_per_step
+        with self.watch("read examples"):
+            return collate([self._example(self.step * count + place) for place in range(count)])
+
+    def learn(self, batch: Batch) -> None:
+        self._waiting("the learner")
+        with self.watch("learn"):
+            result = self.learners.step(batch)
+        if result.diverged is not None:
+            raise RunDiverged("The run diverged.", result.diverged, "Lower learner.learning_rate, then --resume auto.")
+        self.step += 1
+        self._tokens += batch.trained_tokens
+        self._figures |= {
+            **result.metrics,
+            "tokens/trained": float(batch.trained_tokens),
+            "tokens/useful_ratio": batch.trained_tokens / batch.tokens,
+        }
+
+    def evaluate(self) -> None:
+        """Mean negative log-likelihood of held-out references, in nat a token."""
+        self._waiting("the held-out loss")
+        with self.watch("evaluate"):
+            self._figures["eval/loss"] = self.learners.held_out_loss(self._held_out)
+
+    def record(self) -> None:
+        """One row of metrics and one line on the terminal."""
+        now = time.monotonic()
+        seconds = {f"time/{stage.replace(' ', '_')}_s": s for stage, s in self.watch.lap().items()}
+        if self.step:
+            self._figures["learner/tokens_per_s"] = self._tokens / (now - self._last_row)
+        row = self.writer.write(self.step, self._figures | seconds)
+        self.progress.step(row)
+        self._figures, self._tokens, self._last_row = {}, 0, now
+
+    def save(self) -> None:
+        """A checkpoint of the current step."""
+        self._waiting("the checkpoint")
+        with self.watch("checkpoint"):
+            trainer = {"step": self.step, "policy_version": self.step, "rollcast": 1}
+            checkpoint.save(self.folder.checkpoints, self.step, trainer, self.learners.save)
+            checkpoint.prune(self.folder.checkpoints, self.config.checkpoint.keep_last)
+        self._saved_step = self.step
+
+    def finish(self) -> None:
+        """After the last step, or when asked to stop: a checkpoint, and after the last step the policy folder."""
+        if self._saved_step != self.step:
+            self.save()
+        if self.step >= self.config.run.steps:
+            target = self.folder.path / POLICY
+            shutil.rmtree(target, ignore_errors=True)
+            export(Source(self.folder), target, "last", self.config, self.progress.say)
+            self.progress.say(f"the policy is in {target}: name it as model.path to go on with `rollcast train`")
+
+    # ---- what the verbs are made of
+
+    def _source(self, env: EnvSection, split: str, codec: ChatCodec) -> ReferenceSource:
+        return ReferenceSource(env, split, codec, self.config.rollout.max_model_len)
+
+    def _example(self, number: int) -> Trajectory:
+        """Example `number` of the run."""
+        weights = [env.weight for env in self.config.env]
+        (place,) = random.Random(f"{self.config.run.seed}/sft/{number}").choices(range(len(weights)), weights)
+        source = self._train[place]
+        if source.size is None:
+            return source.example(number)
+        time_through, position = divmod(number, source.size)
+        return source.example(int(_order(source.size, self.config.run.seed, time_through)[position]))
+
+    def _first(self, config: RunConfig, codec: ChatCodec) -> Sequence[Trajectory]:
+        """The first examples of the evaluation's split, over all environments."""
+        count = config.eval.samples or HELD_OUT_EXAMPLES
+        sources = [self._source(env, config.eval.split, codec) for env in config.env]
+        found = [source.example(i) for source in sources for i in range(min(count, source.size or count))]
+        for source in sources:
+            source.close()
+        return found
+
+    def _waiting(self, activity: str) -> None:
+        self.progress.waiting(activity, {"step": self.step})
+
+    def close(self) -> None:
+        """Ends the learners; leaves no process."""
+        self.learners.close()
+        for source in self._train:
+            source.close()
+        self.writer.close()
+
+
+@lru_cache(maxsize=8)
+def _order(size: int, seed: int, time_through: int) -> NDArray[np.int64]:
+    """The records of a split in the order of one time through it."""
+    return np.random.default_rng([seed, time_through]).permutation(size)
