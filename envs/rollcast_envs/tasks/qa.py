@@ -1,17 +1,21 @@
-"""`rollcast/QA-v0`: one question on geography, one short answer, rewarded by token F1.
+"""`rollcast/QA-v0`: one question, one short answer, rewarded by token F1.
 
-Owns the wording of the questions and the reward. Does not know where the facts come from
-(`rollcast_envs.data.geography` does) nor how an answer is measured (`rollcast_envs.rewards` does).
+Owns: the wording of the questions and the reward. Does not know where facts and texts come from
+(`rollcast_envs/data/geography/SOURCE.md` and `reading/SOURCE.md` do) nor how an answer is measured
+(`rollcast_envs.rewards` does).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rollcast_envs.data.geography import KINDS, Fact, load_facts
+import numpy as np
+
+from rollcast_envs.errors import DataError
+from rollcast_envs.records import Field, Record, Records, open_records
 from rollcast_envs.rewards import exact_match, token_f1
-from rollcast_envs.splits import Split, position, split_of, valid_split
-from rollcast_envs.text import TextEnv
+from rollcast_envs.splits import Split
+from rollcast_envs.tasks.single_turn import SingleTurnTask, Verdict
 
 PHRASINGS = {
     "capital": (
@@ -38,14 +42,20 @@ PHRASINGS = {
         "The city of {subject} is in which country?",
     ),
 }
+ANSWERS = Field("references", "texts", "accepted answers, the preferred one first; an empty list if there are none")
+FACT = (Field("subject", "text", "what is asked about"), ANSWERS, Field("kind", "text", "what is asked for"))
+"""The built-in facts have no question: it is made of these, in several ways."""
 
 
-class QAEnv(TextEnv):
-    """Questions on capitals, continents and currencies, and on the countries of large cities.
+class QAEnv(SingleTurnTask):
+    """Questions on geography ("geography", the default), on the names in a sentence ("reading"), or of yours.
 
-    An episode is one question and one answer; it always terminates and is never truncated. The facts are
-    split 80 / 10 / 10 by group, so that no fact is in two splits, in whatever words. A drawn question is
-    put in one of three or four ways; a question chosen by index always in the first.
+    The facts of geography are capitals, continents and currencies, and the countries of large cities, split
+    80 / 10 / 10 by group, so that no fact is in two splits, in whatever words. A drawn question is put in one of three
+    or four ways; a question chosen by index always in the first.
+
+    A record with a `context` is asked as the context and then the question. Where a record has no references, the
+    question has no answer in its context: right are then the empty answer and any of `no_answer` (SQuAD v2's rule).
 
     Reward: token F1 against the best reference, minus `length_cost` for each character of the answer.
     The cost is there because an untrained model answers in sentences whose samples all score 0, and equal
@@ -54,10 +64,22 @@ class QAEnv(TextEnv):
 
     Args:
         split: "train", "validation" or "test".
-        kinds: which of capital, continent, currency and country to ask for; None for all.
+        kinds: which kinds to ask, such as capital, continent, currency and country; None for all.
         length_cost: reward lost for each character of the answer.
         system_prompt: the system turn of every episode; None for none.
+        data: "geography", "reading", or your own questions, with the fields `question`, `references` (a string, or a
+            list) and optionally `context`; SQuAD's files, v1.1 and v2.0, are read as they are.
+        no_answer: what to answer where a context does not tell, or several such words, the preferred one first. A
+            question with a context tells the first; "" for the empty answer alone, which no question tells.
+        fields, few_shot: as for every task (`SingleTurnTask`).
     """
+
+    wanted = (
+        Field("question", "text", "the question"),
+        ANSWERS,
+        Field("context", "text", "the text that tells the answer", required=False),
+    )
+    built_in = {"geography": "geography/facts.jsonl", "reading": "reading/records.jsonl"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -65,43 +87,48 @@ class QAEnv(TextEnv):
         kinds: Sequence[str] | None = None,
         length_cost: float = 0.001,
         system_prompt: str | None = "Answer with the name only.",
+        data: str | Mapping[str, str] | None = None,
+        fields: Mapping[str, str] | None = None,
+        few_shot: int | Sequence[Sequence[str]] = 0,
+        no_answer: str | Sequence[str] = "unanswerable",
     ) -> None:
-        super().__init__()
         if not (math.isfinite(length_cost) and length_cost >= 0):
             raise ValueError(f"length_cost is {length_cost}; expected a finite number that is not negative")
-        self.facts = facts_of(valid_split(split), _valid_kinds(kinds))
-        self.size = len(self.facts)
-        self.length_cost = length_cost
-        self.system_prompt = system_prompt
-        self.fact = self.facts[0]
+        if kinds is not None and (isinstance(kinds, str) or not kinds):
+            raise ValueError(f"kinds is {kinds!r}; expected a list of kinds, or None for all")
+        self.kinds, self.length_cost = kinds, length_cost
+        self.no_answer = [no_answer] if isinstance(no_answer, str) else list(no_answer) or [""]
+        super().__init__(split, data, fields, system_prompt, few_shot)
 
-    def begin(self, index: int | None) -> tuple[str, dict[str, Any]]:
-        self.fact, phrasing = self._draw() if index is None else (self.facts[index], 0)
-        return PHRASINGS[self.fact.kind][phrasing].format(subject=self.fact.subject), self._info()
+    def open(self, split: Split, data: str | Mapping[str, str] | None, fields: Mapping[str, str] | None) -> Any:
+        asks_facts = data is None or data == "geography"
+        wanted = FACT if asks_facts else self.wanted
+        records = open_records(self._located(data), wanted, split=split, fields=fields)
+        return records if self.kinds is None else _of_kinds(records, self.kinds)
 
-    def respond(self, answer: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        references = self.fact.references
-        metrics = {"f1": token_f1(answer, references), "exact_match": exact_match(answer, references)}
-        reward = metrics["f1"] - self.length_cost * len(answer)
-        return "", reward, True, False, {**self._info(), "metrics": metrics}
+    def question(self, record: Record, draw: np.random.Generator | None) -> str:
+        if "subject" in record and "question" not in record:
+            phrasings = PHRASINGS[record["kind"]]
+            return phrasings[0 if draw is None else draw.integers(len(phrasings))].format(subject=record["subject"])
+        if not record.get("context"):
+            return str(record["question"])
+        hint = f'\nIf the text does not say, answer "{self.no_answer[0]}".' if self.no_answer[0] else ""
+        return f"{record['context']}\n\n{record['question']}{hint}"
 
-    def _draw(self) -> tuple[Fact, int]:
-        fact = self.facts[self.np_random.integers(len(self.facts))]
-        return fact, int(self.np_random.integers(len(PHRASINGS[fact.kind])))
+    def references(self, record: Record) -> list[str]:
+        return list(record["references"]) or [self.no_answer[0]]
 
-    def _info(self) -> dict[str, Any]:
-        return {"task_id": self.fact.id, "kind": self.fact.kind, "references": list(self.fact.references)}
-
-
-def facts_of(split: Split, kinds: Sequence[str] = KINDS) -> list[Fact]:
-    """The facts of a split, shuffled once and for all, so that every prefix mixes the kinds."""
-    chosen = [fact for fact in load_facts() if fact.kind in kinds and split_of(fact.group) == split]
-    return sorted(chosen, key=lambda fact: position(fact.id))
+    def judge(self, record: Record, answer: str) -> Verdict:
+        references = record["references"]
+        says_none = not references and exact_match(answer, self.no_answer)
+        said = "" if says_none else answer
+        metrics = {"f1": token_f1(said, references), "exact_match": exact_match(said, references)}
+        return Verdict({"f1": metrics["f1"], "length": -self.length_cost * len(answer)}, metrics)
 
 
-def _valid_kinds(kinds: Sequence[str] | None) -> Sequence[str]:
-    if kinds is None:
-        return KINDS
-    if isinstance(kinds, str) or not kinds or not set(kinds) <= set(KINDS):
-        raise ValueError(f"kinds is {kinds!r}; expected a list with some of {', '.join(KINDS)}, or None for all")
-    return kinds
+def _of_kinds(records: Records, kinds: Sequence[str]) -> Records:
+    present = sorted({str(record.get("kind", "")) for record in records})
+    if not set(kinds) <= set(present):
+        what, why = f"kinds is {kinds!r}", f"the records of this split are of {', '.join(present) or 'no kind'}"
+        raise DataError(what, why, "name some of these, or none for all")
+    return Records([record for record in records if record.get("kind") in kinds])
