@@ -12,3 +12,5 @@ from rollcast_envs.text import TextEnv, TextSpace
 __all__ = ["TextEnv", "TextSpace"]
 
 gymnasium.register(id="rollcast/QA-v0", entry_point="rollcast_envs.tasks.qa:QAEnv")
+gymnasium.register(id="rollcast/Classification-v0", entry_point="rollcast_envs.tasks.classification:ClassificationEnv")
+gymnasium.register(id="rollcast/Extraction-v0", entry_point="rollcast_envs.tasks.extraction:ExtractionEnv")
