@@ -12,5 +12,9 @@ from rollcast_envs.text import TextEnv, TextSpace
 __all__ = ["TextEnv", "TextSpace"]
 
 gymnasium.register(id="rollcast/QA-v0", entry_point="rollcast_envs.tasks.qa:QAEnv")
+gymnasium.register(id="rollcast/Translation-v0", entry_point="rollcast_envs.tasks.translation:TranslationEnv")
+gymnasium.register(id="rollcast/Summarization-v0", entry_point="rollcast_envs.tasks.summarization:SummarizationEnv")
+gymnasium.register(id="rollcast/Dialogue-v0", entry_point="rollcast_envs.tasks.dialogue:DialogueEnv")
+gymnasium.register(id="rollcast/ToolQA-v0", entry_point="rollcast_envs.tasks.tool_qa:ToolQAEnv")
 gymnasium.register(id="rollcast/Classification-v0", entry_point="rollcast_envs.tasks.classification:ClassificationEnv")
 gymnasium.register(id="rollcast/Extraction-v0", entry_point="rollcast_envs.tasks.extraction:ExtractionEnv")
