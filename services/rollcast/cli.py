@@ -138,7 +138,7 @@ def _planned(
     config: Path, overrides: list[str], resume: str, dry_run: bool, as_json: bool, plays: bool
 ) -> "RunConfig | None":
     """The settings of a run that can start here; None when only its plan was asked for, which is then printed."""
-    from rollcast.config import load_config
+    from rollcast.config_file import load_config
     from rollcast.plan import make_plan, render
 
     if as_json and not dry_run:

@@ -19,7 +19,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from rollcast import metrics, records
-from rollcast.config import RunConfig, load_config
+from rollcast.config import RunConfig
+from rollcast.config_file import load_config
 from rollcast.errors import UsageError
 from rollcast.plan import run_directory
 from rollcast.rundir import RunDir

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from rollcast import best, checkpoint
 from rollcast.checkpoint import Checkpoint
-from rollcast.config import RunConfig, load_config
+from rollcast.config import RunConfig
+from rollcast.config_file import load_config
 from rollcast.errors import ConfigError, RollcastError, RunFailed, UsageError
 from rollcast.rundir import RunDir
 from rollcast.runs import Source, read_json

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from rollcast import checkpoint, metrics
-from rollcast.config import RunConfig, load_config
+from rollcast.config import RunConfig
+from rollcast.config_file import load_config
 from rollcast.errors import RunFailed
 from rollcast.run import Run, opened
 from rollcast.rundir import RunDir

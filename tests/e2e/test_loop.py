@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from rollcast import metrics, records
-from rollcast.config import RunConfig, load_config
+from rollcast.config import RunConfig
+from rollcast.config_file import load_config
 from rollcast.demo import report
 from rollcast.rundir import RunDir
 from rollcast.train import train

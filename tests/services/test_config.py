@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rollcast.config import RunConfig, config_reference, load_config
+from rollcast.config import RunConfig
+from rollcast.config_file import config_reference, load_config
 from rollcast.errors import ConfigError, RollcastError, RunDiverged, RunFailed, UsageError
 
 ROOT = Path(__file__).parents[2]
