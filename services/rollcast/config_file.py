@@ -203,7 +203,8 @@ def _unnumbered(path: str) -> str:
 def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
     """Every table of the file by its dotted name; lists of tables without their numbers."""
     for name, field in RunConfig.model_fields.items():
-        yield name, LISTS[name] if name in LISTS else field.annotation  # type: ignore[misc]
+        annotation: Any = field.annotation
+        yield name, LISTS.get(name, annotation)
         yield from ((inner, section) for inner, section in LISTS.items() if inner.startswith(f"{name}."))
 
 

@@ -17,7 +17,7 @@ from rich.markup import escape
 STATUS_EVERY_S = 1.0
 COLUMNS = (
     ("reward", "reward/mean", "{:.3f}"),
-    ("loss", "loss/supervised", "{:.3f}"),
+    ("train loss", "loss/supervised", "{:.3f}"),
     ("KL", "kl/behaviour", "{:.4f}"),
     ("entropy", "loss/entropy", "{:.2f}"),
     ("explained", "explained_variance", "{:.2f}"),
