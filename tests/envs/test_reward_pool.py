@@ -118,7 +118,14 @@ def pool() -> Iterator[RewardPool]:
 
 
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "reward_child.py" in " ".join(child.cmdline())]
+    return [child for child in psutil.Process().children() if "reward_child.py" in command(child)]
+
+
+def command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # It was just killed, and will be replaced.
+        return ""
 
 
 def call(answer: str = "Paris", **fields: Any) -> RewardCall:
