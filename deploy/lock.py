@@ -33,6 +33,8 @@ REQUIREMENTS = [
     "gguf",
     "accelerate",
     "psutil",
+    "httpx",
+    "pyarrow",
     "sacrebleu==2.6.0",
     "rouge-score==0.1.2",
     "hatchling",

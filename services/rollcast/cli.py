@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand
 
+from rollcast import cli_env
 from rollcast.errors import RollcastError, UsageError
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ def _value_of(word: str, rest: Iterator[str]) -> str:
         raise UsageError(f"{word} has no value", why, f"write {word} VALUE or {word}=VALUE")
     return value
 
+
+app.add_typer(cli_env.verbs(WithOverrides, OVERRIDES), name="env")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Settings of the run (docs/config.md).")]
 RunName = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run and of its folder.")]

@@ -55,14 +55,20 @@ def register_environments() -> None:
             loaded()
 
 
-def make_environment(env_id: str, kwargs: Mapping[str, Any], scoring: Mapping[str, Any] | None = None) -> Any:
-    """The environment as a run plays it: with the reward functions that the run adds, if any."""
+def make_environment(
+    env_id: str, kwargs: Mapping[str, Any], scoring: Mapping[str, Any] | None = None, max_turns: int | None = None
+) -> Any:
+    """The environment as a run plays it: with the reward functions that the run adds, if any.
+
+    They are computed on the step that ends an episode, so the run's limit of turns has to end it inside.
+    """
     env = gymnasium.make(env_id, **kwargs)
     if scoring is None:
         return env
     from rollcast_envs.rewarded import RewardedEnv
 
-    return RewardedEnv(env, scoring["rewards"], scoring.get("own_weight", 1.0))
+    limited = env if max_turns is None else gymnasium.wrappers.TimeLimit(env, max_turns)
+    return RewardedEnv(limited, scoring["rewards"], scoring.get("own_weight", 1.0))
 
 
 class _Raised(Exception):
@@ -117,12 +123,18 @@ class Environment:
     """One environment on one thread. After `EnvironmentFailed` it is not to be used again."""
 
     def __init__(
-        self, env_id: str, kwargs: dict[str, Any], timeout_s: float, scoring: Mapping[str, Any] | None = None
+        self,
+        env_id: str,
+        kwargs: dict[str, Any],
+        timeout_s: float,
+        scoring: Mapping[str, Any] | None = None,
+        max_turns: int | None = None,
     ) -> None:
         self.env_id = env_id
         self.kwargs = kwargs
         self.timeout_s = timeout_s
         self.scoring = scoring
+        self.max_turns = max_turns
         self.system_prompt: str | None = None
         self.few_shot: Sequence[tuple[str, str]] = ()
         self.tools: Sequence[Mapping[str, Any]] = ()
@@ -145,7 +157,7 @@ class Environment:
         self._thread.close()
 
     def _make(self) -> None:
-        self._env = make_environment(self.env_id, self.kwargs, self.scoring)
+        self._env = make_environment(self.env_id, self.kwargs, self.scoring, self.max_turns)
         env = self._env.unwrapped
         self.system_prompt = getattr(env, "system_prompt", None)
         if self.system_prompt is not None:
@@ -233,16 +245,17 @@ def _is_finite_number(value: object) -> bool:
 class EnvironmentPool:
     """Environments that finished an episode well are used again."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, max_turns: int | None = None) -> None:
         register_environments()
         self.timeout_s = timeout_s
+        self.max_turns = max_turns
         self._idle: dict[str, list[Environment]] = defaultdict(list)
 
     async def acquire(self, prompt: Prompt) -> Environment:
         idle = self._idle[self._key(prompt.env_id, prompt.kwargs, prompt.scoring)]
         if idle:
             return idle.pop()
-        environment = Environment(prompt.env_id, dict(prompt.kwargs), self.timeout_s, prompt.scoring)
+        environment = Environment(prompt.env_id, dict(prompt.kwargs), self.timeout_s, prompt.scoring, self.max_turns)
         try:
             await environment.open()
         except BaseException:  # Also a cancelled one: its thread must not stay behind.

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,10 +42,7 @@ def _prompts_of(number: int, env: EnvSection, settings: EvalSection) -> list[Pro
     kwargs = dict(env.kwargs)
     if "split" in inspect.signature(creator_of(env.id)).parameters:
         kwargs["split"] = settings.split
-    try:
-        made: Any = make_environment(env.id, kwargs, env.scoring)
-    except DataError as error:
-        raise ConfigError(error.what, error.why, error.fix) from error
+    made = made_once(env, kwargs)
     size: int | None = getattr(made.unwrapped, "size", None)
     made.close()
     count = min(size or UNSIZED_QUESTIONS, settings.samples or size or UNSIZED_QUESTIONS)
@@ -62,6 +59,18 @@ def _prompts_of(number: int, env: EnvSection, settings: EvalSection) -> list[Pro
         )
         for i in range(count)
     ]
+
+
+def made_once(env: EnvSection, kwargs: Mapping[str, Any]) -> Any:
+    """The environment, made here to see that it can be. Raises `ConfigError` with what is wrong with its settings."""
+    creator_of(env.id)
+    try:
+        return make_environment(env.id, kwargs, env.scoring)
+    except DataError as error:
+        raise ConfigError(error.what, error.why, error.fix) from error
+    except (TypeError, ValueError) as error:
+        fix = f"correct the arguments of {env.label} in env.kwargs"
+        raise ConfigError(f"{env.id} cannot be made", str(error), fix) from error
 
 
 def creator_of(env_id: str) -> Any:

@@ -140,7 +140,7 @@ async def _play(
     """Greedy answers, and `times` sampled ones to each question."""
     rollout = config.rollout
     codec = ChatCodec.from_folder(policy.path, config.model.trust_remote_code, config.model.chat_template)
-    pool = EnvironmentPool(rollout.env_timeout_s)
+    pool = EnvironmentPool(rollout.env_timeout_s, rollout.max_turns)
     limits = EpisodeLimits(rollout.max_turns, rollout.max_attempts)
     restricted = config.eval.restrict_answers
     greedy = Sampling(0.0, rollout.max_new_tokens, restricted)

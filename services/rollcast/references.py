@@ -11,8 +11,8 @@ import numpy as np
 
 from rollcast.chat import ChatCodec
 from rollcast.config import EnvSection
-from rollcast.environments import make_environment, register_environments
 from rollcast.errors import UsageError
+from rollcast.evaluate import made_once
 from rollcast_learners.types import Prompt, Stream, Trajectory, Turn
 
 
@@ -20,11 +20,10 @@ class ReferenceSource:
     """The tasks of one environment's split, each with the answer to learn."""
 
     def __init__(self, env: EnvSection, split: str, codec: ChatCodec, max_tokens: int) -> None:
-        register_environments()
         self.env = env
         self.codec = codec
         self.max_tokens = max_tokens
-        self.made: Any = make_environment(env.id, {**env.kwargs, "split": split})
+        self.made: Any = made_once(env, {**env.kwargs, "split": split})
         self.task: Any = self.made.unwrapped
         self.size: int | None = getattr(self.task, "size", None)
 

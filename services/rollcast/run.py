@@ -24,7 +24,7 @@ from rollcast.chat import ChatCodec
 from rollcast.cluster import Dtype
 from rollcast.config import RunConfig
 from rollcast.errors import RunDiverged, RunFailed
-from rollcast.evaluate import Evaluation, creator_of, evaluation_prompts, signatures
+from rollcast.evaluate import Evaluation, evaluation_prompts, made_once, signatures
 from rollcast.fleet import Fleet, FleetSettings
 from rollcast.plot import learning_curve
 from rollcast.probe import probe_tokens
@@ -76,7 +76,7 @@ class Run:
         self.ledger = start.ledger(folder, config)
         self.writer = metrics.MetricsWriter(folder.metrics, folder.tensorboard if config.tracking.tensorboard else None)
         for env in config.env:
-            creator_of(env.id)
+            made_once(env, env.kwargs).close()
         self._questions = evaluation_prompts(config.env, config.eval) if config.eval.every else []
         self.best = BestPolicy(folder, config.eval, start.step)
         self._build(start)

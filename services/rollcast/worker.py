@@ -67,7 +67,7 @@ class RolloutWorker:
         self.sampler = sampler
         self.codec = codec
         self.limits = limits
-        self.pool = EnvironmentPool(env_timeout_s)
+        self.pool = EnvironmentPool(env_timeout_s, limits.max_turns)
         self.probe_max_gap = probe_max_gap
         self._updating = asyncio.Lock()
         self._trusted = asyncio.Event()

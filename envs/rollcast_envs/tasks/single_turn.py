@@ -7,11 +7,14 @@ is asked and how it is judged: a task says that in four short methods.
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from rollcast_envs.errors import DataError
 from rollcast_envs.records import Field, Record, open_records
 from rollcast_envs.splits import Split, valid_split
 from rollcast_envs.text import TextEnv
@@ -64,9 +67,11 @@ class SingleTurnTask(TextEnv):
     ) -> None:
         super().__init__()
         self.records = self.open(valid_split(split), data, fields)
-        self.size = len(self.records)
         self.system_prompt = system_prompt
         self.few_shot = self._examples(few_shot, data, fields)
+        # A record that is shown as an example, answer and all, is not asked about.
+        self._shown = len(self.few_shot) if split == "train" and isinstance(few_shot, int) else 0
+        self.size = len(self.records) - self._shown
         self.record: Record = {}
 
     @abstractmethod
@@ -83,7 +88,7 @@ class SingleTurnTask(TextEnv):
 
     def kind(self, record: Record) -> str:
         """What sort of task the record is; figures are reported by kind."""
-        return str(record.get("kind", ""))
+        return str(record.get("kind") or "")
 
     def open(self, split: Split, data: str | Mapping[str, str] | None, fields: Mapping[str, str] | None) -> Any:
         """The records to ask about."""
@@ -91,7 +96,8 @@ class SingleTurnTask(TextEnv):
 
     def begin(self, index: int | None) -> tuple[str, dict[str, Any]]:
         drawn = index is None
-        self.record = self.records[int(self.np_random.integers(len(self.records))) if index is None else index]
+        place = int(self.np_random.integers(len(self.records) - self._shown)) if index is None else index
+        self.record = self.records[self._shown + place]
         return self.question(self.record, self.np_random if drawn else None), self._info()
 
     def respond(self, answer: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -112,7 +118,15 @@ class SingleTurnTask(TextEnv):
         if isinstance(data, Mapping):
             return data
         name = next(iter(self.built_in)) if data is None else data
-        return str(files("rollcast_envs.data") / self.built_in[name]) if name in self.built_in else name
+        if name in self.built_in:
+            return str(files("rollcast_envs.data") / self.built_in[name])
+        if not Path(name).exists() and (near := get_close_matches(name, self.built_in)):
+            raise DataError(
+                f"there is no data set {name!r}",
+                f"it is no file, and the built-in ones are {', '.join(self.built_in)}",
+                f"write {near[0]!r}, or the name of a file",
+            )
+        return name
 
     def _examples(
         self, few_shot: int | Sequence[Sequence[str]], data: Any, fields: Mapping[str, str] | None
