@@ -37,6 +37,8 @@ HEAVY = ("torch", "ray", "vllm", "transformers")
 
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "os.system", "os.popen"}
+# Only there is code run that a model wrote: in a process sealed by seccomp, which is what the sandbox is for.
+SANDBOXED = {"envs/rollcast_envs/sandbox_child.py": {"exec"}}
 UNSAFE_FLAGS = {"shell", "allow_pickle", "trust_remote_code"}
 
 
@@ -116,7 +118,8 @@ def test_plain_parts_say_so_in_their_imports() -> None:
 
 
 def test_nothing_unsafe_is_called() -> None:
-    assert not [f"{name_of(file)}: {what}" for file in FILES for what in unsafe(parse(file))]
+    found = [(name_of(file), what) for file in FILES for what in unsafe(parse(file))]
+    assert not [f"{name}: {what}" for name, what in found if what not in SANDBOXED.get(name, ())]
 
 
 @pytest.mark.parametrize(

@@ -18,3 +18,4 @@ gymnasium.register(id="rollcast/Dialogue-v0", entry_point="rollcast_envs.tasks.d
 gymnasium.register(id="rollcast/ToolQA-v0", entry_point="rollcast_envs.tasks.tool_qa:ToolQAEnv")
 gymnasium.register(id="rollcast/Classification-v0", entry_point="rollcast_envs.tasks.classification:ClassificationEnv")
 gymnasium.register(id="rollcast/Extraction-v0", entry_point="rollcast_envs.tasks.extraction:ExtractionEnv")
+gymnasium.register(id="rollcast/Code-v0", entry_point="rollcast_envs.tasks.code:CodeEnv")
