@@ -139,7 +139,7 @@ class EnvSection(Section):
         """The rewards of the run, as they travel with a prompt."""
         if not self.rewards and self.own_reward_weight == 1.0:
             return None
-        rewards = [reward.model_dump(exclude_none=True) for reward in self.rewards]
+        rewards = [reward.model_dump(exclude_none=True, exclude_unset=True) for reward in self.rewards]
         return {"rewards": rewards, "own_weight": self.own_reward_weight}
 
 
