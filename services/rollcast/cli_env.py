@@ -48,7 +48,7 @@ def verbs(with_overrides: type[TyperCommand], overrides: str) -> typer.Typer:
         env: EnvId,
         episodes: Annotated[int, typer.Option(min=1, metavar="N", help="Episodes to play.")] = 20,
         max_turns: Annotated[int, typer.Option(min=1, metavar="N", help="Turns after which it never ends.")] = 64,
-        timeout: Timeout = 20.0,
+        timeout: Timeout = 30.0,
         as_json: AsJson = False,
     ) -> None:
         """Play an environment as a run would, and name everything wrong with it.

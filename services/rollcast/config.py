@@ -108,6 +108,8 @@ class RewardSection(Section):
     """Seconds that one call may take before its process is ended and the sample counted as failed."""
     retries: NotNegative = 1
     """Further tries after an exception, a timeout or a dead process."""
+    processes: AtLeastOne = 2
+    """Processes of a rollout worker that run this function."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the function."""
 

@@ -50,7 +50,7 @@ class Limits:
 
     episodes: int = 20
     max_turns: int = 64
-    timeout_s: float = 20.0
+    timeout_s: float = 30.0
 
 
 @dataclass(frozen=True)

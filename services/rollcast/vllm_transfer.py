@@ -83,8 +83,10 @@ class RollcastTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
     @torch.no_grad()
     def start_weight_update(self) -> None:
         if self.in_place:
-            modules = self.model.named_modules()
+            modules = list(self.model.named_modules())
             self.awaited = {f"{name}.weight" for name, layer in modules if unpack(layer)}
+            # Where the processor packs nothing, a tensor that does not come would stay the old policy's in silence.
+            self.awaited |= {name for module, layer in modules for name in parameters_of(module, layer)}
         else:
             initialize_layerwise_reload(self.model)
 
@@ -129,6 +131,14 @@ class RollcastTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def shutdown(self) -> None:
         """Nothing is held between updates."""
+
+
+def parameters_of(module: str, layer: torch.nn.Module) -> list[str]:
+    """Names of a layer's own parameters that an update brings; a head may be tied, and then none comes for it."""
+    if isinstance(layer, ParallelLMHead):
+        return []
+    own = layer.named_parameters(recurse=False)
+    return [f"{module}.{name}" for name, parameter in own if parameter.numel()]
 
 
 def loads_in_place(model: torch.nn.Module) -> bool:

@@ -126,7 +126,7 @@ def engine(policies: Policies, run: Run[Any]) -> Iterator["VllmSampler"]:
     (policies.root / "rollcast_test_seam.py").write_text(SEAM)
     sys.path.insert(0, str(policies.root))
     extension = {"worker_extension_cls": "rollcast_test_seam.Extension"}
-    sampler = run(start(policies, seed=0, engine_args=extension))
+    sampler = run(start(policies, seed=0, engine_args=extension, structured=True))
     sys.path.remove(str(policies.root))
     yield sampler
     run(sampler.close())
@@ -211,6 +211,25 @@ def test_answers_end_with_the_end_token_or_by_length(engine: "VllmSampler", run:
         assert last == 399 or completion.finish_reason == "stop"
 
 
+def test_answers_can_be_restricted_to_choices(engine: "VllmSampler", policies: Policies, run: Run[Any]) -> None:
+    """vLLM's structured output, on request: a random model answers a label, and ends its answer after it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(policies.folder(0))
+
+    def text(answer: Completion) -> str:
+        return str(tokenizer.decode(answer.token_ids_T.tolist(), skip_special_tokens=True))
+
+    labels = ("positive", "negative", "neutral")
+    restricted = Sampling(1.0, 32, choices=labels)
+    answers = [run(engine.sample(SHORT, restricted, f"choice-{number}")) for number in range(6)]
+    said = [text(answer) for answer in answers]
+    assert set(said) <= set(labels) and len(set(said)) > 1
+    assert all(answer.finish_reason == "stop" and answer.token_ids_T[-1] == EOS for answer in answers)
+    free = run(engine.sample(SHORT, Sampling(1.0, 32), "free"))
+    assert text(free) not in labels
+
+
 def test_a_prompt_must_fit_the_context(engine: "VllmSampler", run: Run[Any]) -> None:
     prompt = [1] * CONTEXT
     with pytest.raises(ValueError, match="512 tokens"):
@@ -268,7 +287,8 @@ def test_without_its_correction_a_tied_head_keeps_the_old_policy(
         stale = gap(run(engine.logprobs(PROBE)), right)
         run(engine._engine.collective_rpc("correct_heads", args=(True,)))
         update(run, engine, policies, seed=1)
-        assert stale > 0.5
+        # A packed copy is kept only by processors that multiply bfloat16 themselves; others read the weight as it is.
+        assert stale > 0.5 or not torch.cpu._is_avx512_bf16_supported()
         assert gap(run(engine.logprobs(PROBE)), right) < 1e-3
 
 
@@ -319,12 +339,17 @@ def test_a_failed_update_ends_the_engine(engine: "VllmSampler", policies: Polici
     weights = policies.publish(2, without="model.layers.1.mlp.down_proj.weight")
 
     async def fail_in_mid_answer() -> None:
-        answering = asyncio.ensure_future(engine.sample(SHORT, Sampling(1.0, 480), "bystander"))
+        # Several, since any of them may happen to have ended before the update begins.
+        answering = [
+            asyncio.ensure_future(engine.sample(SHORT, Sampling(1.0, 480), f"bystander-{i}")) for i in range(12)
+        ]
         await asyncio.sleep(0.1)
         with pytest.raises(EngineDied, match=r"layers\.1\.mlp\.down_proj\.weight without weights"):
             await engine.load(weights, weights.folder)
-        with pytest.raises(EngineDied, match=f"version {weights.version} failed"):
-            await answering
+        ends = await asyncio.gather(*answering, return_exceptions=True)
+        died = [end for end in ends if isinstance(end, EngineDied)]
+        assert died and all(f"version {weights.version} failed" in str(end) for end in died)
+        assert len(died) + sum(isinstance(end, Completion) for end in ends) == len(ends)
 
     run(fail_in_mid_answer())
     assert not run(engine.alive())

@@ -72,6 +72,12 @@ class SingleTurnTask(TextEnv):
         # A record that is shown as an example, answer and all, is not asked about.
         self._shown = len(self.few_shot) if split == "train" and isinstance(few_shot, int) else 0
         self.size = len(self.records) - self._shown
+        if self.size < 1:
+            raise DataError(
+                f"few_shot = {few_shot}: nothing is left to ask",
+                f"the train split has {len(self.records)} records, and those shown as examples are not asked about",
+                "lower few_shot, or give the examples themselves",
+            )
         self.record: Record = {}
 
     @abstractmethod
@@ -117,6 +123,8 @@ class SingleTurnTask(TextEnv):
         """A built-in data set by its file; anything else as it is."""
         if isinstance(data, Mapping):
             return data
+        if data is None and not self.built_in:
+            raise DataError(f"{type(self).__name__} has no data", "it has no built-in data set", "pass data=...")
         name = next(iter(self.built_in)) if data is None else data
         if name in self.built_in:
             return str(files("rollcast_envs.data") / self.built_in[name])
@@ -137,4 +145,11 @@ class SingleTurnTask(TextEnv):
             return ()
         records = self.open("train", data, fields)
         chosen = [records[index] for index in range(min(few_shot, len(records)))]
+        unanswered = next((record for record in chosen if not self.references(record)), None)
+        if unanswered is not None:
+            raise DataError(
+                f"few_shot = {few_shot}: the record {unanswered['id']!r} cannot be shown as an example",
+                "it has no reference, and an example needs an answer",
+                "give the examples themselves, as [[question, answer], ...]",
+            )
         return tuple((self.question(record, None), self.references(record)[0]) for record in chosen)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from rollcast_envs.records import Field, Record
-from rollcast_envs.rewards import rouge
+from rollcast_envs.rewards import TextTooLong, rouge
 from rollcast_envs.splits import Split
 from rollcast_envs.tasks.single_turn import SingleTurnTask, Verdict
 
@@ -67,7 +67,14 @@ class SummarizationEnv(SingleTurnTask):
         return list(record["references"])
 
     def judge(self, record: Record, answer: str) -> Verdict:
-        metrics = {kind: rouge(answer, record["references"], kind, self.tokenizer) for kind in KINDS}
+        metrics = {kind: self._rouge(record, answer, kind) for kind in KINDS}
         share = len(answer) / max(len(record["document"]), 1)
         copied = self.copy_cost * max(share - self.max_share, 0.0)
         return Verdict({self.reward: metrics[self.reward], "copying": -copied}, metrics | {"length_share": share})
+
+    def _rouge(self, record: Record, answer: str, kind: str) -> float:
+        """An answer too long to be compared is no summary."""
+        try:
+            return rouge(answer, record["references"], kind, self.tokenizer)
+        except TextTooLong:
+            return 0.0
