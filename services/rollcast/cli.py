@@ -276,7 +276,10 @@ def evaluate(
     context: typer.Context,
     policy: Policies,
     env: Annotated[
-        str | None, typer.Option(metavar="ID", help="Environment to play, as rollcast/QA-v0; else the run's own.")
+        str | None,
+        typer.Option(
+            metavar="ID", help="Environment to play, as rollcast/QA-v0, or its name in the run; else the run's own."
+        ),
     ] = None,
     split: Annotated[str, typer.Option(metavar="NAME", help="Split of the environment's data.")] = "test",
     samples: Annotated[int, typer.Option(min=0, metavar="N", help="Only the first N questions; 0: the split.")] = 0,

@@ -39,9 +39,7 @@ def repeated(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
 
 
 def _prompts_of(number: int, env: EnvSection, settings: EvalSection) -> list[Prompt]:
-    kwargs = dict(env.kwargs)
-    if "split" in inspect.signature(creator_of(env.id)).parameters:
-        kwargs["split"] = settings.split
+    kwargs = on_split(env, settings.split)
     made = made_once(env, kwargs)
     size: int | None = getattr(made.unwrapped, "size", None)
     made.close()
@@ -59,6 +57,12 @@ def _prompts_of(number: int, env: EnvSection, settings: EvalSection) -> list[Pro
         )
         for i in range(count)
     ]
+
+
+def on_split(env: EnvSection, split: str) -> dict[str, Any]:
+    """The environment's arguments for `split`, if it has splits at all."""
+    has_splits = "split" in inspect.signature(creator_of(env.id)).parameters
+    return {**env.kwargs, "split": split} if has_splits else dict(env.kwargs)
 
 
 def made_once(env: EnvSection, kwargs: Mapping[str, Any]) -> Any:

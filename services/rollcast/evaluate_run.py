@@ -59,7 +59,7 @@ class Asked:
     """What to measure. Command line -> `evaluate_run`."""
 
     env: str | None
-    """Environment to play; None for the run's own."""
+    """Environment to play, by its id or by its name in the run; None for the run's own."""
     split: str
     samples: int
     """Questions of each environment; 0 for the whole split."""
@@ -103,7 +103,7 @@ def _environments(config: RunConfig, env: str | None) -> Sequence[EnvSection]:
     """The one asked for, made as the run makes it if the run plays it."""
     if env is None:
         return config.env
-    played = [section for section in config.env if section.id == env]
+    played = [section for section in config.env if env in (section.label, section.id)]
     return played[:1] or [EnvSection(id=env)]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from rollcast.chat import ChatCodec
 from rollcast.config import EnvSection
 from rollcast.errors import UsageError
-from rollcast.evaluate import made_once
+from rollcast.evaluate import made_once, on_split
 from rollcast_learners.types import Prompt, Stream, Trajectory, Turn
 
 
@@ -23,7 +23,7 @@ class ReferenceSource:
         self.env = env
         self.codec = codec
         self.max_tokens = max_tokens
-        self.made: Any = made_once(env, {**env.kwargs, "split": split})
+        self.made: Any = made_once(env, on_split(env, split))
         self.task: Any = self.made.unwrapped
         self.size: int | None = getattr(self.task, "size", None)
 
