@@ -5,10 +5,10 @@ prints. Does not know which package it is.
 """
 
 import importlib
-import io
 import random
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from threading import RLock
 from types import ModuleType
 
@@ -34,11 +34,20 @@ def required(module: str, package: str) -> ModuleType:
         raise DataError(f"{module} cannot be imported", str(error), f"pip install '{package}'") from error
 
 
+def silence(maker: type) -> None:
+    """What the module of this class prints, such as its progress, goes nowhere from now on."""
+    vars(sys.modules[maker.__module__]).setdefault("print", _say_nothing)
+
+
+def _say_nothing(*values: object, **how: object) -> None:
+    pass
+
+
 class OwnRandomness:
     """The state of `random` and `numpy.random` that some code has to itself; the process's own state is put back.
 
     Code that draws from these gives equal episodes for equal seeds only so: other episodes run on other threads. Inside
-    of `entered`, one thread at a time, and nothing is printed.
+    of `entered` is one thread at a time: nothing is to wait or to compute for long there.
     """
 
     def __init__(self, seed: int) -> None:
@@ -46,7 +55,7 @@ class OwnRandomness:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        with _ALONE, redirect_stdout(io.StringIO()):
+        with _ALONE:
             before = random.getstate(), np.random.get_state()
             _put(*self._states)
             try:

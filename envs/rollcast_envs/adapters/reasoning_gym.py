@@ -13,7 +13,7 @@ from threading import Lock
 from typing import Any
 
 from rollcast_envs.adapters.harmless import is_expression, is_literal
-from rollcast_envs.adapters.outside import UNREADABLE, OwnRandomness, required
+from rollcast_envs.adapters.outside import UNREADABLE, OwnRandomness, required, silence
 from rollcast_envs.errors import DataError
 from rollcast_envs.splits import Split, position, valid_split
 from rollcast_envs.text import TextEnv
@@ -54,7 +54,8 @@ class ReasoningGymEnv(TextEnv):
         system_prompt: the system turn of every episode; None for none.
 
     Raises:
-        DataError: when reasoning-gym is missing or of another version, or does not know the task or its options.
+        DataError: when reasoning-gym is missing or of another version, does not know the task or its options, or
+            generates too few different questions for three splits.
     """
 
     def __init__(
@@ -73,12 +74,10 @@ class ReasoningGymEnv(TextEnv):
         self._count = size
         self._share = SHARES[valid_split(split)]
         self._questions = _dataset(task, LANES * size, seed, dict(options or {}))
-        self._entry: dict[str, Any] = {}
+        _, self._entry = self._question(0)
         self._info: dict[str, Any] = {}
         if task in BY_HASH_SEED and not os.environ.get("PYTHONHASHSEED", "").isdigit():
-            told = (
-                f"{task} asks other questions in every process: set PYTHONHASHSEED=0 to make its seeds mean something"
-            )
+            told = f"{task}: equal seeds ask other questions in another process; set PYTHONHASHSEED=0 to prevent that"
             warnings.warn(told, UserWarning, stacklevel=2)
 
     def begin(self, index: int | None) -> tuple[str, dict[str, Any]]:
@@ -110,15 +109,14 @@ class ReasoningGymEnv(TextEnv):
     def _score(self, answer: str) -> float:
         if not self._may_be_judged(answer):
             return 0.0
-        with OwnRandomness(0).entered():
-            try:
-                return float(self._questions.score_answer(answer=answer, entry=self._entry))
-            except UNREADABLE:
-                return 0.0
+        try:
+            return float(self._questions.score_answer(answer=answer, entry=self._entry))
+        except UNREADABLE:
+            return 0.0
 
     def _may_be_judged(self, answer: str) -> bool:
         harmless = EVALUATED.get(self.task)
-        stored = (self._entry["answer"], *self._entry["metadata"].get("valid_answers", ()))
+        stored = (self._entry["answer"], *self._entry.get("metadata", {}).get("valid_answers", ()))
         return harmless is None or answer in stored or harmless(answer)
 
 
@@ -144,9 +142,9 @@ def _made(task: str, size: int, seed: int, options: Mapping[str, Any]) -> Any:
     factory = required("reasoning_gym.factory", PACKAGE)
     if task == "composite" or task not in factory.DATASETS:
         why = "it is a mixture" if task == "composite" else "reasoning-gym has no such task"
-        raise DataError(
-            f"task is {task!r}", why, f"use one of {', '.join(sorted(set(factory.DATASETS) - {'composite'}))}"
-        )
+        known = sorted(set(factory.DATASETS) - {"composite"})
+        raise DataError(f"task is {task!r}", why, f"use one of {', '.join(known)}")
+    silence(factory.DATASETS[task][0])
     try:
         with OwnRandomness(seed).entered():
             return factory.create_dataset(task, seed=seed, size=size, **options)

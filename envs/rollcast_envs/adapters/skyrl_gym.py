@@ -29,6 +29,9 @@ class SkyRLGymEnv(TextEnv):
     `observations` (messages), `reward`, `done` and `metadata`, as a dict or as an object. `close` and `get_metrics` are
     used where there are any. As in SkyRL, the class gets the row of data as `extras` if it takes that argument.
 
+    Equal seeds choose the same row, and the constructor then draws the same numbers from `random` and `numpy.random`;
+    what the class draws later is its own affair, since its steps may wait for others and so run side by side.
+
     The answer in the conversation stays as the model wrote it: a `postprocessed_action` has no effect. A system message
     that opens the first prompt is the system turn of all; another prompt's own opens its first turn.
 
@@ -65,7 +68,6 @@ class SkyRLGymEnv(TextEnv):
         first = _messages(prompt if self._rows is None else self._rows[0]["prompt"])
         self.system_prompt = first[0]["content"] if first and first[0]["role"] == "system" else None
         self._name = env.rpartition(":")[2]
-        self._randomness = OwnRandomness(0)
         self._played: Any = None
         self._info: dict[str, Any] = {}
 
@@ -76,18 +78,16 @@ class SkyRLGymEnv(TextEnv):
             row = self._rows[int(self.np_random.integers(len(self._rows))) if index is None else index]
             task_id = str(row["id"])
         self._info = {"task_id": task_id, "kind": str(row.get("kind", self._name)), "references": _references(row)}
-        self._randomness = OwnRandomness(int(self.np_random.integers(2**31)) if index is None else index)
-        with self._randomness.entered():
-            self.close()
+        self.close()
+        with OwnRandomness(int(self.np_random.integers(2**31)) if index is None else index).entered():
             self._played = self._class(**self._arguments_of(row))
-            messages, _ = self._played.init([dict(message) for message in _messages(row["prompt"])])
+        messages, _ = self._played.init([dict(message) for message in _messages(row["prompt"])])
         return self._opening(_messages(messages)), self._info
 
     def respond(self, answer: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        with self._randomness.entered():
-            output = self._played.step(answer)
-            done, reward = bool(_part(output, "done")), float(_part(output, "reward"))
-            metrics = _numbers(self._metrics(output)) if done else {}
+        output = self._played.step(answer)
+        done, reward = bool(_part(output, "done")), float(_part(output, "reward"))
+        metrics = _numbers(self._metrics(output)) if done else {}
         messages = _messages(_part(output, "observations") or ())
         info = self._info | ({"metrics": metrics} if done else {})
         if messages and messages[-1]["role"] == "tool":

@@ -6,12 +6,14 @@ Owns: the form of turns (only what is new), and what a game's end is worth. Does
 from collections.abc import Mapping
 from typing import Any
 
-from rollcast_envs.adapters.outside import UNREADABLE, OwnRandomness, required
+from rollcast_envs.adapters.outside import UNREADABLE, OwnRandomness, required, silence
 from rollcast_envs.errors import DataError
 from rollcast_envs.splits import SPLITS, Split, valid_split
 from rollcast_envs.text import TextEnv
 
 PACKAGE = "textarena==0.7.4"
+GAME = -1
+"""Who speaks where TextArena's messages come from the game."""
 OFFLINE = (
     *("2048", "Bandit", "Blackjack", "Countdown", "Crosswords", "Cryptarithm", "FifteenPuzzle", "FrozenLake"),
     *("GuessTheNumber", "LightsOut", "LogicPuzzle", "Mastermind", "Minesweeper", "PegJump", "RushHour", "Secretary"),
@@ -50,9 +52,9 @@ class TextArenaEnv(TextEnv):
         self.system_prompt = system_prompt
         self._name, self._split = game, SPLITS.index(valid_split(split))
         self._randomness = OwnRandomness(0)
-        with self._randomness.entered():
-            self._game = _made(game, dict(options or {}))
+        self._game = _made(game, dict(options or {}), self._randomness)
         self._inner = _unwrapped(self._game)
+        silence(type(self._inner))
         self._turns = 0
         self._info: dict[str, Any] = {}
 
@@ -86,12 +88,12 @@ class TextArenaEnv(TextEnv):
         return reason, score, True, False, self._info | {"metrics": metrics}
 
     def _news(self) -> str:
-        """What the game has said since the last turn. The player's own move, which it repeats, is left out."""
+        """What the game has said since the last turn. The player's own move, which is repeated, is left out."""
         _, messages = self._inner.get_observation()
-        return "\n".join(text for _, text, sort in messages if sort.name != "PLAYER_ACTION") or "Your move."
+        return "\n".join(text for sender, text, _ in messages if sender == GAME) or "Your move."
 
 
-def _made(game: str, options: dict[str, Any]) -> Any:
+def _made(game: str, options: dict[str, Any], randomness: OwnRandomness) -> Any:
     if game.partition("-v")[0] not in OFFLINE:
         why = "it is no game for one player that can be played without a network"
         raise DataError(f"game is {game!r}", why, f"use one of {', '.join(f'{name}-v0' for name in OFFLINE)}")
@@ -101,7 +103,8 @@ def _made(game: str, options: dict[str, Any]) -> Any:
         alike = [name for name in known if name.partition("-v")[0] == game.partition("-v")[0]]
         raise DataError(f"game is {game!r}", "textarena has no game of this id", f"use one of {', '.join(alike)}")
     try:
-        return textarena.make(game, **options)
+        with randomness.entered():
+            return textarena.make(game, **options)
     except (AssertionError, TypeError, ValueError) as error:
         raise DataError(f"options of {game} are refused", str(error), "correct them, or leave them out") from error
 
