@@ -42,7 +42,7 @@ def run_with(config: RunConfig, fault: Callable[[Run], None]) -> tuple[RunDir, i
             failures.append(error)
         run.stop_signal = signal.SIGTERM
 
-    with opened(config, folder.path, "auto") as run:
+    with opened(config, folder.path, "auto", Run) as run:
         thread = threading.Thread(target=strike)
         thread.start()
         loop(run)
