@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollcast import cli, doctor, metrics, records
 from rollcast.best import BestPolicy
+from rollcast.cluster import compute_dtype
 from rollcast.config import EvalSection
+from rollcast.export import settings_of
 from rollcast.rundir import RunDir
 from rollcast.weights import OWNER, PREFIX
 
@@ -315,10 +317,11 @@ def test_export_is_the_trained_policy(base: Path, tmp_path: Path, capsys: pytest
     published = load_file(base / "tiny" / "weights" / "v2" / "v2-0.safetensors")
     masters = load_file(base / "tiny" / "checkpoints" / "step_2" / "policy.safetensors")
     loaded = dict(model.named_parameters())
+    computed_in = getattr(torch, compute_dtype(settings_of(RunDir(base / "tiny"))))
     assert loaded.keys() == published.keys()
     for name, tensor in loaded.items():
-        assert tensor.dtype == torch.bfloat16
-        assert torch.equal(tensor, published[name]) and torch.equal(tensor, masters[name].bfloat16())
+        assert tensor.dtype == computed_in, "the type that this processor computes in"
+        assert torch.equal(tensor, published[name]) and torch.equal(tensor, masters[name].to(computed_in))
     assert AutoTokenizer.from_pretrained(target).chat_template
     assert model.generation_config.eos_token_id is not None
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "no partial folder is left"
