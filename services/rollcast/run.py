@@ -75,8 +75,6 @@ class Run:
         self.buffer = TrajectoryBuffer(self.groups_per_step, config.buffer.max_staleness)
         self.ledger = start.ledger(folder, config)
         self.writer = metrics.MetricsWriter(folder.metrics, folder.tensorboard if config.tracking.tensorboard else None)
-        for env in config.env:
-            made_once(env, env.kwargs).close()
         self._questions = evaluation_prompts(config.env, config.eval) if config.eval.every else []
         self.best = BestPolicy(folder, config.eval, start.step)
         self._build(start)
@@ -406,6 +404,8 @@ def opened(
     plays: bool = True,
 ) -> Iterator[R]:
     """A run from its first process to its last. Signals ask it to stop; a second Ctrl-C does not wait."""
+    for env in config.env:  # A mistake in its data or rewards is told before anything starts.
+        made_once(env, env.kwargs).close()
     folder = RunDir(path)
     folder.create()
     with cluster.connected(config if plays else config.without_rollouts()) as address:
