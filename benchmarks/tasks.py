@@ -103,7 +103,7 @@ def baseline(task: str, name: str) -> dict[str, float]:
     answer = TASKS[task].baselines[name]([train.records[i] for i in range(train.size)])
     size = held_out.unwrapped.size
     played = [_played(held_out, env.id, i, answer) for i in range(min(config.eval.samples or size, size))]
-    return {key: value for key, value in figures(played).items() if key.startswith("eval/")}
+    return {key: value for key, value in figures(played).values.items() if key.startswith("eval/")}
 
 
 def _played(env: Any, env_id: str, index: int, answer: Answer) -> Trajectory:

@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 
@@ -98,15 +98,25 @@ def creator_of(env_id: str) -> Any:
 # ---- figures
 
 
-def figures(trajectories: Sequence[Trajectory], sampled: Sequence[Trajectory] = ()) -> dict[str, float]:
+class Figures(NamedTuple):
+    """What an evaluation found. Evaluation -> metrics.jsonl and signatures.json."""
+
+    values: dict[str, float]
+    signatures: dict[str, str]
+    """How each corpus metric was computed, in its library's words."""
+
+
+def figures(trajectories: Sequence[Trajectory], sampled: Sequence[Trajectory] = ()) -> Figures:
     """All figures of an evaluation; episodes that failed are not among them.
 
     `eval/<env>/<metric>` and `eval_kind/<env>/<kind>/<metric>` are means over greedy answers, or corpus metrics of all
     of them; `eval/<env>/sampled_<metric>` is avg@k, the mean over k sampled answers to each question, and
     `eval/<env>/pass@k_<metric>`, for metrics that are 0 or 1, the share of questions that one of k answers gets right.
     """
-    corpus = {name: figure.value for name, figure in corpus_figures(trajectories).items()}
-    return dict(sorted((_means(trajectories) | corpus | _sampled_figures(sampled)).items()))
+    corpus = corpus_figures(trajectories)
+    values = {name: figure.value for name, figure in corpus.items()}
+    signatures = {name: figure.signature for name, figure in corpus.items() if figure.signature}
+    return Figures(dict(sorted((_means(trajectories) | values | _sampled_figures(sampled)).items())), signatures)
 
 
 def _means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -165,11 +175,6 @@ def corpus_figures(trajectories: Sequence[Trajectory]) -> dict[str, CorpusFigure
     return found
 
 
-def signatures(trajectories: Sequence[Trajectory]) -> dict[str, str]:
-    """How each corpus metric was computed, in its library's words."""
-    return {name: figure.signature for name, figure in corpus_figures(trajectories).items() if figure.signature}
-
-
 def answered_by(trajectory: Trajectory, version: int) -> bool:
     """Whether every token is of this version; an episode that failed before its first token is of any."""
     return set(trajectory.versions) <= {version}
@@ -211,7 +216,7 @@ class Evaluation:
             fleet.lost_evaluations = again
         return len(self.answers) == len(self.questions) and len(self.sampled) == len(self.repeated)
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> Figures:
         return figures(self.answers, self.sampled)
 
     def _ask(self, fleet: Fleet, prompts: Sequence[Prompt]) -> None:

@@ -27,7 +27,7 @@ from rollcast.engine_traces import engine_record
 from rollcast.environments import EnvironmentPool, register_environments
 from rollcast.episode import EpisodeLimits, play
 from rollcast.errors import RunFailed, UsageError
-from rollcast.evaluate import evaluation_prompts, figures, repeated, signatures
+from rollcast.evaluate import evaluation_prompts, figures, repeated
 from rollcast.export import Exported, Report, Which, export
 from rollcast.runs import Source
 from rollcast.sampler import Sampler
@@ -117,6 +117,7 @@ def _measured(policy: Exported, split: str, answers: Sequence[Trajectory], sampl
         if answer.error is None:
             place = f"{answer.prompt.label}/{answer.kind}"
             counts[place] = counts.get(place, 0) + 1
+    found = figures(answers, sampled)
     return Measured(
         run=policy.run,
         step=policy.step,
@@ -125,8 +126,8 @@ def _measured(policy: Exported, split: str, answers: Sequence[Trajectory], sampl
         asked=len(answers),
         errors=len(errors),
         first_error=errors[0] if errors else None,
-        figures=figures(answers, sampled),
-        signatures=signatures(answers),
+        figures=found.values,
+        signatures=found.signatures,
         counts=dict(sorted(counts.items())),
     )
 

@@ -6,16 +6,11 @@ recording and saving; what is put back on a resume. Does not know how any part w
 
 import json
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from statistics import fmean
-from types import FrameType
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from rollcast import checkpoint, cluster, figures, metrics, records
 from rollcast.best import BestPolicy
@@ -24,15 +19,15 @@ from rollcast.chat import ChatCodec
 from rollcast.cluster import Dtype
 from rollcast.config import RunConfig
 from rollcast.errors import RunDiverged, RunFailed
-from rollcast.evaluate import Evaluation, evaluation_prompts, made_once, signatures
+from rollcast.evaluate import Evaluation, evaluation_prompts
 from rollcast.fleet import Fleet, FleetSettings
 from rollcast.plot import learning_curve
 from rollcast.probe import probe_tokens
-from rollcast.progress import Progress
 from rollcast.prompts import PromptStream
-from rollcast.resume import Start, choose_start
-from rollcast.rundir import RunDir, write_atomic
+from rollcast.resume import Start
+from rollcast.rundir import write_atomic
 from rollcast.runner import WorkerSpec
+from rollcast.session import Session
 from rollcast.weights import Store
 from rollcast_learners.arena import NonFiniteWeights, TensorSpec
 from rollcast_learners.batch import collate
@@ -49,37 +44,32 @@ SLOW_REWARD_S = 1.0
 """A call of a user's reward function beyond this is told."""
 
 
-class Run:
+class Run(Session):
     """Everything alive during training. Made by `opened`; every public method is a verb of the loop."""
 
-    def __init__(self, config: RunConfig, folder: RunDir, start: Start, progress: Progress) -> None:
-        self.config = config
-        self.folder = folder
-        self.progress = progress
-        self.step = start.step
-        self.watch = metrics.Stopwatch()
-        self.stop_signal: int | None = None
+    def _build(self, start: Start) -> None:
+        config, folder = self.config, self.folder
+        rollout = config.rollout
         self.errors = ErrorShare()
         self.dropped_errors = 0
         self._learner_thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
+        self._closers.callback(self._learner_thread.shutdown, wait=False, cancel_futures=True)
         self._evaluation: Evaluation | None = None
         self._figures: dict[str, float] = {}
         self._held: dict[str, float] = {}
-        self._held_step = self._saved_step = start.step
-        self._last_row = time.monotonic()
+        self._held_step = start.step
         self._fleet_started = False
         self._trained: list[int] = []
-        rollout, learner = config.rollout, config.learner
         self.sampling = Sampling(rollout.temperature, rollout.max_new_tokens)
-        self.groups_per_step = learner.prompts_per_step
+        self.groups_per_step = config.learner.prompts_per_step
         self.buffer = TrajectoryBuffer(self.groups_per_step, config.buffer.max_staleness)
         self.ledger = start.ledger(folder, config)
-        self.writer = metrics.MetricsWriter(folder.metrics, folder.tensorboard if config.tracking.tensorboard else None)
+        self._closers.callback(self.ledger.close)
         self._questions = evaluation_prompts(config.env, config.eval) if config.eval.every else []
         self.best = BestPolicy(folder, config.eval, start.step)
-        self._build(start)
+        self._start_processes(start)
 
-    def _build(self, start: Start) -> None:
+    def _start_processes(self, start: Start) -> None:
         config = self.config
         dtype = cluster.compute_dtype(config)
         codec = ChatCodec.of(config.model)
@@ -87,16 +77,19 @@ class Run:
         with self.watch("start learner"):
             self._waiting("the learner to start")
             self.learners = Learners(learner_spec(config, dtype))
+            self._closers.callback(self.learners.close)
             if start.checkpoint is not None:
                 self.learners.load(start.checkpoint)
         with self.watch("start workers"):
             self._waiting("rollout workers to start")
             first = self.folder.high_water_mark() + 1
             self.store = Store(config.run.name, self.learners.node(), first)
+            self._closers.callback(self.store.close)
             self.weights = self._write_weights(first)
             self.fleet = self._start_fleet(dtype)
+            self._closers.callback(self.fleet.close)
             self._fleet_started = True
-            while not self.fleet.ready():
+            while not self.fleet.ready() and self.stop.signal is None:
                 self._gather("rollout workers to start")
 
     def _start_fleet(self, dtype: str) -> Fleet:
@@ -122,11 +115,7 @@ class Run:
 
     @property
     def goes_on(self) -> bool:
-        return self.step < self.config.run.steps and self.stop_signal is None and not self.best.out_of_patience
-
-    def is_due(self, every: int) -> bool:
-        """Whether something done every so many steps (0: never), and after the last one, is due now."""
-        return every > 0 and (self.step % every == 0 or self.step == self.config.run.steps)
+        return super().goes_on and not self.best.out_of_patience
 
     def collect(self) -> list[PlayedGroup] | None:
         """One step's groups, none of them too old; None when the run was asked to stop meanwhile."""
@@ -134,7 +123,7 @@ class Run:
             while True:
                 for group in self.buffer.expire(self.weights.version):
                     self.ledger.put_back(group.number, "too old")
-                if self.stop_signal is not None:
+                if self.stop.signal is not None:
                     return None
                 if self.buffer.ready():
                     return self.buffer.take()
@@ -184,10 +173,10 @@ class Run:
             while not self._evaluation.done(self.fleet):
                 self._feed_and_gather("the evaluation")
         done, self._evaluation = self._evaluation, None
-        measured = done.figures()
+        measured, signatures = done.figures()
         self._held |= measured
         records.write(self.folder.evaluations, done.step, [*done.answers, *done.sampled])
-        write_atomic(self.folder.signatures, json.dumps(signatures(done.answers), indent=2) + "\n")
+        write_atomic(self.folder.signatures, json.dumps(signatures, indent=2) + "\n")
         self._write_row()
         self._judge(done, measured)
 
@@ -348,16 +337,6 @@ class Run:
             facts |= self.ledger.counts()
         self.progress.waiting(activity, facts)
 
-    def close(self) -> None:
-        """Ends workers, learners and agents; leaves no process and no shared memory."""
-        if self._fleet_started:
-            self.fleet.close()
-            self.learners.close()
-            self.store.close()
-        self._learner_thread.shutdown(wait=False, cancel_futures=True)
-        self.ledger.close()
-        self.writer.close()
-
 
 def learner_spec(config: RunConfig, dtype: Dtype, supervised: bool = False) -> LearnerSpec:
     """What a learner is built from, out of a run's configuration."""
@@ -371,76 +350,3 @@ def learner_spec(config: RunConfig, dtype: Dtype, supervised: bool = False) -> L
         config.run.seed,
         supervised,
     )
-
-
-def resolved(config: RunConfig) -> RunConfig:
-    """As it is written beside the run: files and folders by their absolute paths, readable from any other folder."""
-    folder, template = Path(config.model.path), config.model.chat_template
-    absolute = {
-        "path": str(folder.resolve()) if folder.is_dir() else config.model.path,
-        "chat_template": str(Path(template).resolve()) if template is not None else None,
-    }
-    return config.model_copy(update={"model": config.model.model_copy(update=absolute)})
-
-
-class Stoppable(Protocol):
-    """A run that signals ask to stop, and that leaves nothing behind once it is closed."""
-
-    stop_signal: int | None
-    progress: Progress
-
-    def close(self) -> None: ...
-
-
-R = TypeVar("R", bound=Stoppable)
-
-
-@contextmanager
-def opened(
-    config: RunConfig,
-    path: Path,
-    resume: str,
-    make: Callable[[RunConfig, RunDir, Start, Progress], R],
-    plays: bool = True,
-) -> Iterator[R]:
-    """A run from its first process to its last. Signals ask it to stop; a second Ctrl-C does not wait."""
-    for env in config.env:  # A mistake in its data or rewards is told before anything starts.
-        made_once(env, env.kwargs).close()
-    folder = RunDir(path)
-    folder.create()
-    with cluster.connected(config if plays else config.without_rollouts()) as address:
-        folder.claim(address, cluster.NAMESPACE)
-        progress = Progress(folder.path / "status.json", folder.logs / "trainer.log", config.run.steps)
-        start = choose_start(folder, resume, progress.say)
-        folder.config.write_text(resolved(config).to_toml(), encoding="utf-8")
-        progress.start()
-        try:
-            run = make(config, folder, start, progress)
-            try:
-                with stopped_by_signals(run):
-                    yield run
-            finally:
-                run.close()
-        finally:
-            progress.stop()
-
-
-@contextmanager
-def stopped_by_signals(run: Stoppable) -> Iterator[None]:
-    """SIGTERM and the first Ctrl-C let the run save and end; the second Ctrl-C interrupts."""
-
-    def ask(number: int, _: FrameType | None) -> None:
-        if run.stop_signal == signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        run.stop_signal = number
-        run.progress.say("stopping: the run saves a checkpoint first")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -18,17 +18,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rollcast import checkpoint, cluster, metrics
+from rollcast import checkpoint, cluster
 from rollcast.chat import ChatCodec
 from rollcast.config import EnvSection, RunConfig
 from rollcast.errors import RunDiverged
 from rollcast.export import export
-from rollcast.progress import Progress
 from rollcast.references import ReferenceSource
 from rollcast.resume import Start
-from rollcast.run import learner_spec, opened
-from rollcast.rundir import RunDir
+from rollcast.run import learner_spec
 from rollcast.runs import Source
+from rollcast.session import Session, opened
 from rollcast_learners.batch import Batch, collate
 from rollcast_learners.rllib import Learners
 from rollcast_learners.types import Trajectory
@@ -42,14 +41,14 @@ def sft(config: RunConfig, run_dir: Path, resume: str = "auto") -> None:
     """Runs or resumes a warm start in `run_dir`. Raises `RollcastError`; `KeyboardInterrupt` after Ctrl-C, saved."""
     with opened(config, run_dir, resume, SupervisedRun, plays=False) as run:
         loop(run)
-        stopped_by = run.stop_signal
+        stopped_by = run.stop.signal
     if stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
 
 
 def loop(run: "SupervisedRun") -> None:
     """From the held-out loss before the first step to the policy folder."""
-    if run.step == 0:
+    if run.step == 0 and run.goes_on:
         run.evaluate()
         run.record()
     while run.goes_on:
@@ -62,39 +61,26 @@ def loop(run: "SupervisedRun") -> None:
     run.finish()
 
 
-class SupervisedRun:
+class SupervisedRun(Session):
     """A learner and the references it learns from. Made by `opened`; every public method is a verb of the loop."""
 
-    def __init__(self, config: RunConfig, folder: RunDir, start: Start, progress: Progress) -> None:
-        self.config = config
-        self.folder = folder
-        self.progress = progress
-        self.step = start.step
-        self.stop_signal: int | None = None
-        self.watch = metrics.Stopwatch()
+    def _build(self, start: Start) -> None:
+        config = self.config
         self._figures: dict[str, float] = {}
-        self._last_row = time.monotonic()
-        self._saved_step = start.step
         self._tokens = 0
         settings = config.without_rollouts()
         codec = ChatCodec.of(config.model)
         self._train = [self._source(env, "train", codec) for env in config.env]
+        for source in self._train:
+            self._closers.callback(source.close)
         self._held_out = collate(self._first(config, codec))
-        self.writer = metrics.MetricsWriter(folder.metrics, folder.tensorboard if config.tracking.tensorboard else None)
         self._waiting("the learner to start")
         self.learners = Learners(learner_spec(settings, cluster.compute_dtype(config), supervised=True))
+        self._closers.callback(self.learners.close)
         if start.checkpoint is not None:
             self.learners.load(start.checkpoint)
 
     # ---- the verbs of the loop
-
-    @property
-    def goes_on(self) -> bool:
-        return self.step < self.config.run.steps and self.stop_signal is None
-
-    def is_due(self, every: int) -> bool:
-        """Whether something done every so many steps (0: never), and after the last one, is due now."""
-        return every > 0 and (self.step % every == 0 or self.step == self.config.run.steps)
 
     def examples(self) -> Batch:
         """The references of the next step: each environment's split in an order drawn anew each time through."""
@@ -177,13 +163,6 @@ class SupervisedRun:
 
     def _waiting(self, activity: str) -> None:
         self.progress.waiting(activity, {"step": self.step})
-
-    def close(self) -> None:
-        """Ends the learners; leaves no process."""
-        self.learners.close()
-        for source in self._train:
-            source.close()
-        self.writer.close()
 
 
 @lru_cache(maxsize=8)

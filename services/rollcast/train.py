@@ -10,21 +10,22 @@ import signal
 from pathlib import Path
 
 from rollcast.config import RunConfig
-from rollcast.run import Run, opened
+from rollcast.run import Run
+from rollcast.session import opened
 
 
 def train(config: RunConfig, run_dir: Path, resume: str = "auto") -> None:
     """Runs or resumes a run in `run_dir`. Raises `RollcastError`; `KeyboardInterrupt` after Ctrl-C, saved."""
     with opened(config, run_dir, resume, Run) as run:
         loop(run)
-        stopped_by = run.stop_signal
+        stopped_by = run.stop.signal
     if stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
 
 
 def loop(run: Run) -> None:
     """From the evaluation before the first step to the last checkpoint."""
-    if run.step == 0:
+    if run.step == 0 and run.goes_on:
         run.evaluate()
         run.record()
     while run.goes_on:

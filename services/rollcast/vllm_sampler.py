@@ -42,6 +42,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from rollcast.chat import stop_token_ids
 from rollcast.engine_traces import SOCKETS_PREFIX, Traces, sweep
@@ -305,6 +306,10 @@ def _arguments(
     if current_platform.is_cpu():
         # A compiled graph keeps the packed weights that it was traced with, and an update frees them.
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": int(kv_cache_gib * GIB)}
+        if tensor_parallel == 1:
+            # By its name vLLM would replace it by a worker process, on whose answers the engine spins half a core
+            # away; what that is for, another number of OpenMP threads, is set in `_environment`.
+            arguments["distributed_executor_backend"] = UniProcExecutor
     return arguments
 
 

@@ -18,8 +18,9 @@ from rollcast import checkpoint, metrics
 from rollcast.config import RunConfig
 from rollcast.config_file import load_config
 from rollcast.errors import RunFailed
-from rollcast.run import Run, opened
+from rollcast.run import Run
 from rollcast.rundir import RunDir
+from rollcast.session import opened
 from rollcast.train import loop, train
 
 SCRIPTED = Path(__file__).resolve().parents[2] / "deploy" / "configs" / "scripted.toml"
@@ -40,7 +41,7 @@ def run_with(config: RunConfig, fault: Callable[[Run], None]) -> tuple[RunDir, i
             fault(run)
         except BaseException as error:  # Told in the test's own thread below.
             failures.append(error)
-        run.stop_signal = signal.SIGTERM
+        run.stop.signal = signal.SIGTERM
 
     with opened(config, folder.path, "auto", Run) as run:
         thread = threading.Thread(target=strike)

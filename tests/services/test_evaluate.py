@@ -11,7 +11,7 @@ import sacrebleu
 import rollcast.evaluate
 from rollcast.config import EnvSection, EvalSection
 from rollcast.errors import ConfigError
-from rollcast.evaluate import Evaluation, evaluation_prompts, figures, pass_at_k, repeated, signatures
+from rollcast.evaluate import Evaluation, evaluation_prompts, figures, pass_at_k, repeated
 from rollcast_learners.types import Prompt, Sampling, Stream, Trajectory, Turn, VersionSpan
 
 
@@ -34,7 +34,7 @@ def test_means_are_by_environment_and_kind_and_leave_failures_out() -> None:
             answered(asked(2), "", {"f1": 0.0}, kind="capital", error="it broke"),
             answered(asked(3, name="other"), "x", {"f1": 0.25}),
         ]
-    )
+    ).values
     assert found["eval/QA-v0/f1"] == 0.5 and found["eval_kind/QA-v0/capital/f1"] == 1.0
     assert found["eval/other/f1"] == 0.25 and found["eval/QA-v0/reward"] == 0.5
     assert not any(name.startswith("eval_kind/other") for name in found)
@@ -44,12 +44,12 @@ def test_corpus_metrics_are_sacrebleu_s_over_all_answers() -> None:
     pairs = [("El gato duerme.", "El gato está durmiendo."), ("Hola a todos.", "Hola a todos."), ("No", "Sí.")]
     env = "rollcast/Translation-v0"
     played = [answered(asked(i, env), a, {"chrf": 0.5}, references=(r,)) for i, (a, r) in enumerate(pairs)]
-    found, told = figures(played), signatures(played)
+    found, told = figures(played)
     theirs = sacrebleu.corpus_chrf([a for a, _ in pairs], [[r for _, r in pairs]])
     assert math.isclose(found["eval/Translation-v0/corpus_chrf"], theirs.score / 100, abs_tol=1e-9)
     assert found["eval/Translation-v0/chrf"] == 0.5
     assert "nc:6" in told["eval/Translation-v0/corpus_chrf"] and "tok:13a" in told["eval/Translation-v0/corpus_bleu"]
-    assert signatures([answered(asked(0), "Paris", {"f1": 1.0})]) == {}
+    assert figures([answered(asked(0), "Paris", {"f1": 1.0})]).signatures == {}
 
 
 def test_sampled_answers_give_avg_and_pass_at_k() -> None:
@@ -60,7 +60,7 @@ def test_sampled_answers_give_avg_and_pass_at_k() -> None:
         answered(prompt, "", {"exact_match": hit, "f1": 0.5 + hit / 4})
         for prompt, hit in zip(prompts, right, strict=True)
     ]
-    found = figures([], sampled)
+    found = figures([], sampled).values
     assert found["eval/QA-v0/sampled_exact_match"] == 1 / 8
     assert found["eval/QA-v0/pass@4_exact_match"] == 0.5, "one of two questions is answered by one of four answers"
     assert not any("pass" in name and "f1" in name for name in found), "f1 is no matter of passing"
@@ -110,7 +110,7 @@ def test_an_evaluation_names_one_version_and_asks_again_what_another_answered() 
     assert [(p.id, s.temperature) for p, s in fleet.asked] == [("eval.0.0.1", 0.7)], "the one of version 2, sampled"
     fleet.evaluated = [answered(first[2][0], "x", {"f1": 0.0})]
     assert evaluation.done(fleet)
-    assert evaluation.figures()["eval/QA-v0/sampled_f1"] == 0.5
+    assert evaluation.figures().values["eval/QA-v0/sampled_f1"] == 0.5
 
 
 def test_prompts_of_several_environments_carry_their_names_and_rewards() -> None:

@@ -132,6 +132,7 @@ def engine(policies: Policies, run: Run[Any]) -> Iterator["VllmSampler"]:
     run(sampler.close())
     assert not [segment for segment in sampler._traces.segments if Path(segment).exists()]
     assert not [process for process in sampler._traces.processes if process.is_running()]
+    assert len(sampler._traces.processes) == 1, "the model runs in the engine's own process"
     assert not Path(sampler._traces.sockets).exists()
 
 
@@ -142,7 +143,8 @@ def record(policies: Policies) -> Path:
 
 @pytest.fixture(scope="module")
 def fresh(policies: Policies, run: Run[Any], record: Path) -> Iterator["VllmSampler"]:
-    sampler = run(start(policies, seed=1, record=record))
+    """With a worker process, as an engine over several devices has: only those share memory that can be left behind."""
+    sampler = run(start(policies, seed=1, record=record, engine_args={"distributed_executor_backend": "mp"}))
     yield sampler
     run(sampler.close())
 

