@@ -124,12 +124,12 @@ def model_folder(model: str, spare: Path) -> str:
 
 
 def our_learner(model: str, dtype: str = "bfloat16") -> Any:
+    from rollcast_learners.learner import PolicyLearner
     from rollcast_learners.policy import Policy, PolicySettings
-    from rollcast_learners.ppo import PPOLearner
     from rollcast_learners.settings import KLSettings, LearnerSettings
 
     policy = Policy(PolicySettings(model, dtype))  # type: ignore[arg-type]
-    return PPOLearner(policy, LearnerSettings(), KLSettings(), temperature=1.0, total_steps=1000)
+    return PolicyLearner(policy, LearnerSettings(), KLSettings(), temperature=1.0, total_steps=1000)
 
 
 class PlainLearner:

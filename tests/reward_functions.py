@@ -17,3 +17,12 @@ def trl_length(prompts: list[str], completions: list[str], **columns: Any) -> li
 
 def broken(answer: str, references: list[str]) -> float:
     raise RuntimeError("the judge is on holiday")
+
+
+def uneven(answer: str, references: list[str]) -> float:
+    """Tells answers apart for some questions only: about half of the groups earn the same throughout."""
+    return 0.0 if len(references[0]) % 2 == 0 else float(len(answer) % 7)
+
+
+def indifferent(answer: str, references: list[str]) -> float:
+    return 0.5

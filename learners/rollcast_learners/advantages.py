@@ -60,8 +60,18 @@ def whiten(advantages_N: Tensor, moments_3: Tensor | None = None) -> Tensor:
     return ((advantages_N.detach().to(torch.float64) - mean) / divisor).to(advantages_N.dtype)
 
 
-def group_advantages(returns_B: Tensor, group_B: Tensor, weights_B: Tensor | None = None) -> Tensor:
+def centre(advantages_N: Tensor, moments_3: Tensor | None = None) -> Tensor:
+    """Mean 0, and the spread as it is: the baseline of plain REINFORCE (Williams 1992). `moments_3` as of `whiten`."""
+    count, total, _ = (moments(advantages_N) if moments_3 is None else moments_3).unbind()
+    return (advantages_N.detach().to(torch.float64) - total / count.clamp(min=1)).to(advantages_N.dtype)
+
+
+def group_advantages(
+    returns_B: Tensor, group_B: Tensor, weights_B: Tensor | None = None, *, scale: bool = True
+) -> Tensor:
     """Each return centred and scaled by its group, as in GRPO (DeepSeekMath, Shao et al. 2024, section 4.1).
+
+    Without `scale` only centred, as in Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, section 3.2).
 
     `group_B` holds any whole numbers; equal ones are samples of one prompt. A group without spread (all
     samples equally good, or a single one) gets zeros: it says nothing about what to prefer. Token advantages
@@ -75,9 +85,25 @@ def group_advantages(returns_B: Tensor, group_B: Tensor, weights_B: Tensor | Non
     exact_B = returns_B.detach().to(torch.float64)
     weights_B = torch.ones_like(exact_B) if weights_B is None else weights_B.to(exact_B)
     centred_B = exact_B - _group_means(exact_B, inverse_B, weights_B)[inverse_B]
+    if not scale:
+        return centred_B.to(returns_B.dtype)
     variance_G = _group_means(centred_B.square(), inverse_B, weights_B)
     divisor_G = _divisor(variance_G, _group_means(exact_B.square(), inverse_B, weights_B))
     return (centred_B / divisor_G[inverse_B]).to(returns_B.dtype)
+
+
+def leave_one_out(returns_E: Tensor, group_E: Tensor) -> Tensor:
+    """The mean return of the *other* samples of each group: RLOO's baseline (Ahmadian et al. 2024).
+
+    A sample alone in its group gets its own return: nothing says whether it was good.
+    """
+    _check_same_length("group_E", group_E, "returns_E", returns_E)
+    _, inverse_E = torch.unique(group_E, return_inverse=True)
+    exact_E = returns_E.detach().to(torch.float64)
+    counts_E = torch.bincount(inverse_E)[inverse_E].to(torch.float64)
+    totals_E = _group_means(exact_E, inverse_E, torch.ones_like(exact_E))[inverse_E] * counts_E
+    baseline_E = torch.where(counts_E > 1, (totals_E - exact_E) / (counts_E - 1).clamp(min=1), exact_E)
+    return baseline_E.to(returns_E.dtype)
 
 
 def _discounted_sums(deltas: list[float], decay: float) -> list[float]:

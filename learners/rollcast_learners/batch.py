@@ -65,6 +65,12 @@ class Batch:
     def trained_tokens(self) -> int:
         return int(self.loss_mask_N.sum())
 
+    @property
+    def trained_episodes(self) -> int:
+        """Episodes of which at least one token is trained on."""
+        answer_N = np.repeat(np.arange(self.episodes), self.episode_length_E)
+        return len(np.unique(answer_N[self.loss_mask_N]))
+
     def trained_of(self, episodes: NDArray[np.intp]) -> NDArray[np.intp]:
         """Indices into the N columns that belong to `episodes`, in that order."""
         stops = np.cumsum(self.episode_length_E)

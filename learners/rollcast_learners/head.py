@@ -34,6 +34,15 @@ VOCABULARY_BLOCK = 16384
 """Rows of the weight's gradient added at a time: adding bfloat16 to float32 first copies the block."""
 
 
+class Scores(NamedTuple):
+    """What a row of hidden states says of its target. Head -> policy."""
+
+    logprobs_T: Tensor
+    entropy_T: Tensor
+    normalizers_T: Tensor
+    """`logsumexp(hidden weight^T / temperature)`: the soft value of a policy whose logits are Q-values."""
+
+
 def logprobs_and_entropy(
     hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -42,9 +51,16 @@ def logprobs_and_entropy(
     Both float32 (float64 for float64). Differentiable once, through both results, with respect to `hidden_TD`
     and `weight_VD`.
     """
+    found = scores(hidden_TD, weight_VD, targets_T, temperature)
+    return found.logprobs_T, found.entropy_T
+
+
+def scores(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, temperature: float = 1.0) -> Scores:
+    """`logprobs_and_entropy`, and beside them the normaliser; differentiable once, through all three."""
     _check_arguments(hidden_TD, weight_VD, targets_T, temperature)
     arguments = hidden_TD, weight_VD, targets_T.long(), temperature, _product_dtype(hidden_TD)
-    return cast(tuple[Tensor, Tensor], _ChunkedHead.apply(*arguments))  # type: ignore[no-untyped-call]
+    found = cast(tuple[Tensor, Tensor, Tensor], _ChunkedHead.apply(*arguments))  # type: ignore[no-untyped-call]
+    return Scores(*found)
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -56,20 +72,23 @@ class _ChunkedHead(torch.autograd.Function):
         targets_T: Tensor,
         temperature: float,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.temperature = temperature
         ctx.dtypes = hidden_TD.dtype, weight_VD.dtype
         hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
         logprobs_T, entropy_T, normaliser_T = _score(hidden_TD, weight_VD, targets_T, temperature)
         ctx.save_for_backward(hidden_TD, weight_VD, targets_T, entropy_T, normaliser_T)
-        return logprobs_T, entropy_T
+        return logprobs_T, entropy_T, normaliser_T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor | None, grad_normaliser_T: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         hidden_TD, weight_VD, targets_T, entropy_T, normaliser_T = ctx.saved_tensors
-        gradient = _logit_gradient(targets_T, grad_logprobs_T, grad_entropy_T, entropy_T, normaliser_T, ctx.temperature)
+        grads = grad_logprobs_T, grad_entropy_T, grad_normaliser_T
+        gradient = _logit_gradient(targets_T, *grads, entropy_T, normaliser_T, ctx.temperature)
         wants_hidden, wants_weight, *_ = ctx.needs_input_grad
         grad_hidden_TD = torch.zeros_like(hidden_TD) if wants_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=normaliser_T.dtype) if wants_weight else None
@@ -117,16 +136,19 @@ def _logit_gradient(
     targets_T: Tensor,
     grad_logprobs_T: Tensor | None,
     grad_entropy_T: Tensor | None,
+    grad_normaliser_T: Tensor | None,
     entropy_T: Tensor,
     normaliser_T: Tensor,
     temperature: float,
 ) -> _LogitGradient:
-    """`d logprob / d z_v = [v = target] - p_v` and `d entropy / d z_v = -p_v (log p_v + entropy)`."""
+    """`d logprob / d z_v = [v = target] - p_v`, `d entropy / d z_v = -p_v (log p_v + entropy)`, and that of the
+    normaliser is `p_v`."""
     chosen_T = torch.zeros_like(entropy_T) if grad_logprobs_T is None else grad_logprobs_T / temperature
+    constant_T = chosen_T if grad_normaliser_T is None else chosen_T - grad_normaliser_T / temperature
     if grad_entropy_T is None:
-        return _LogitGradient(targets_T, chosen_T, chosen_T, None)
+        return _LogitGradient(targets_T, chosen_T, constant_T, None)
     slope_T = grad_entropy_T / temperature
-    return _LogitGradient(targets_T, chosen_T, chosen_T + slope_T * (entropy_T - normaliser_T), slope_T)
+    return _LogitGradient(targets_T, chosen_T, constant_T + slope_T * (entropy_T - normaliser_T), slope_T)
 
 
 def _accumulate(

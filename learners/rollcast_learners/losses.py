@@ -1,4 +1,4 @@
-"""What the learner minimises: the clipped policy loss, the clipped value loss, and estimates of KL.
+"""What the learner minimises: one policy loss for each kind of algorithm, the value loss, and estimates of KL.
 
 Owns: the formulas, from per-token tensors to `(loss, metrics)`. Does not know models, optimisers, packing or
 processes.
@@ -36,32 +36,142 @@ def policy_loss(
     clip_low: float,
     clip_high: float,
     total_tokens: int | float | Tensor,
+    *,
+    dual_clip: float | None = None,
+    weights_T: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """PPO's clipped surrogate (Schulman et al. 2017, equation 7), `-min(r A, clip(r, 1 - low, 1 + high) A)`.
 
-    `old_logprobs_T` are the sampler's own (behaviour policy). The clip is asymmetric and the mean runs over
-    tokens, not over answers, as in DAPO (Yu et al. 2025: clip-higher, token-level loss). Deviation from both:
-    the log-ratio is clamped to +-20 before exp.
+    `old_logprobs_T` are of the policy the ratio is measured from: the sampler's own, or with an off-policy correction
+    those at the beginning of the step (decoupled PPO). The clip is asymmetric and the mean runs over tokens, not over
+    answers, as in DAPO (Yu et al. 2025: clip-higher, token-level loss). `dual_clip` bounds what a token with a negative
+    advantage can cost at `dual_clip |A|` (Ye et al. 2020, arXiv 1912.09729). `weights_T` multiply each
+    token's term. Deviation from all: the log-ratio is clamped to +-20 before exp.
 
-    Metrics: `clip_fraction`, tokens whose gradient the clip removed (not merely those outside the range);
-    `kl/behaviour`, KL(behaviour || policy) by k3; `clamped`, the count of clamped log-ratios.
+    Metrics: `clip_fraction`, tokens whose gradient a clip removed (not merely those outside the range);
+    `kl/behaviour`, KL(old policy || policy) by k3; `clamped`, the count of clamped log-ratios.
     """
-    mask_T = mask_T.bool()
-    advantages_T = _zero_where_masked(advantages_T.detach(), mask_T)
-    logprobs_T = _zero_where_masked(logprobs_T, mask_T)
-    old_logprobs_T = _zero_where_masked(old_logprobs_T.detach(), mask_T)
+    mask_T, logprobs_T, old_logprobs_T, advantages_T = _cleared(mask_T, logprobs_T, old_logprobs_T, advantages_T)
     ratio_T = _log_ratio(logprobs_T, old_logprobs_T).exp()
     plain_T = ratio_T * advantages_T
-    clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T
-    loss = -token_mean(torch.minimum(plain_T, clipped_T), mask_T, total_tokens)
-    with torch.no_grad():
-        excess_T = (logprobs_T - old_logprobs_T).abs() > LOG_RATIO_LIMIT
-        metrics = {
-            "clip_fraction": token_mean((clipped_T < plain_T).to(loss.dtype), mask_T, total_tokens),
-            "kl/behaviour": token_mean(kl("k3", old_logprobs_T, logprobs_T), mask_T, total_tokens),
-            "clamped": excess_T.sum().to(loss.dtype),
-        }
-    return loss, metrics
+    worth_T = torch.minimum(plain_T, ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T)
+    if dual_clip is not None:
+        floor_T = torch.where(advantages_T < 0, dual_clip * advantages_T, -torch.inf)
+        worth_T = torch.maximum(worth_T, floor_T)
+    loss = -token_mean(_weighted(worth_T, weights_T), mask_T, total_tokens)
+    return loss, _ratio_metrics(logprobs_T, old_logprobs_T, mask_T, total_tokens, clipped_T=worth_T != plain_T)
+
+
+def score_loss(
+    logprobs_T: Tensor,
+    old_logprobs_T: Tensor,
+    advantages_T: Tensor,
+    mask_T: Tensor,
+    total_tokens: int | float | Tensor,
+    *,
+    weights_T: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """The plain policy gradient, `-A log p` (Williams 1992, REINFORCE; the actor of A2C; RLOO).
+
+    `old_logprobs_T` are for the metrics alone: without `weights_T` the loss takes every sample for one of the policy
+    itself, whatever policy it is of. Metrics as of `policy_loss`; nothing is clipped.
+    """
+    mask_T, logprobs_T, old_logprobs_T, advantages_T = _cleared(mask_T, logprobs_T, old_logprobs_T, advantages_T)
+    loss = -token_mean(_weighted(advantages_T * logprobs_T, weights_T), mask_T, total_tokens)
+    return loss, _ratio_metrics(logprobs_T, old_logprobs_T, mask_T, total_tokens, clipped_T=torch.zeros_like(mask_T))
+
+
+def sequence_policy_loss(
+    logprobs_T: Tensor,
+    old_logprobs_T: Tensor,
+    advantages_T: Tensor,
+    mask_T: Tensor,
+    lengths_E: Tensor,
+    clip_low: float,
+    clip_high: float,
+    total_tokens: int | float | Tensor,
+    *,
+    weights_T: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """GSPO (Zheng et al. 2025): PPO's surrogate with one ratio for a whole answer.
+
+    The ratio of an answer is the geometric mean of its tokens' ratios, over its unmasked tokens; every token carries it
+    with an advantage of its own, so that the rewards of several turns fit in. The E answers lie one after the other,
+    `lengths_E` tokens each. With one advantage an answer and the mean over answers of token means this is the paper's
+    objective. Deviation: the mean log-ratio is clamped to +-20. Metrics as of `policy_loss`.
+    """
+    mask_T, logprobs_T, old_logprobs_T, advantages_T = _cleared(mask_T, logprobs_T, old_logprobs_T, advantages_T)
+    ratio_T = (
+        sequence_means(logprobs_T - old_logprobs_T, mask_T, lengths_E).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    )
+    plain_T = ratio_T * advantages_T
+    worth_T = torch.minimum(plain_T, ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T)
+    loss = -token_mean(_weighted(worth_T, weights_T), mask_T, total_tokens)
+    return loss, _ratio_metrics(logprobs_T, old_logprobs_T, mask_T, total_tokens, clipped_T=worth_T != plain_T)
+
+
+def clipped_weight_loss(
+    logprobs_T: Tensor,
+    old_logprobs_T: Tensor,
+    advantages_T: Tensor,
+    mask_T: Tensor,
+    clip_low: float,
+    clip_high: float,
+    total_tokens: int | float | Tensor,
+    *,
+    weights_T: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """CISPO (MiniMax 2025): `-sg(clip(r, 1 - low, 1 + high)) A log p`, so that no token loses its gradient.
+
+    The clip holds the importance weight, not the objective. The paper has no lower clip: `clip_low = 1`. Metrics as of
+    `policy_loss`, where `clip_fraction` counts the clipped weights.
+    """
+    mask_T, logprobs_T, old_logprobs_T, advantages_T = _cleared(mask_T, logprobs_T, old_logprobs_T, advantages_T)
+    ratio_T = _log_ratio(logprobs_T.detach(), old_logprobs_T).exp()
+    held_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
+    loss = -token_mean(_weighted(held_T * advantages_T * logprobs_T, weights_T), mask_T, total_tokens)
+    return loss, _ratio_metrics(logprobs_T, old_logprobs_T, mask_T, total_tokens, clipped_T=held_T != ratio_T)
+
+
+def path_consistency_loss(
+    logprobs_T: Tensor,
+    normalizers_T: Tensor,
+    reference_logprobs_T: Tensor,
+    reference_normalizers_T: Tensor,
+    rewards_T: Tensor,
+    mask_T: Tensor,
+    lengths_E: Tensor,
+    temperature: float,
+    gamma: float,
+    total_tokens: int | float | Tensor,
+    *,
+    weights_T: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Soft Q-learning with the logits as Q-values, by path consistency (Nachum et al. 2017).
+
+    With `Q = b z` for the logits z and the temperature b, `V = b logsumexp(z)` and `log p = (Q - V) / b`: the policy is
+    its own Q-function (Guo et al. 2021). On the best policy, for every place t of every path,
+    `V_t = sum_(k >= t) gamma^(k-t) (r_k - b log p_k / ref_k)`; the loss is half the square of what is missing. Any
+    policy may have sampled the path: no importance weight is needed.
+
+    Deviations: both V and the logarithms are measured from the frozen reference (`normalizers_T` are logsumexp(z)), so
+    that a pretrained model begins at V = 0 and is pulled to the reference, not to the uniform policy; paths run to
+    the end of the episode, whose value is 0, also where the environment cut it; a masked token breaks no path, but its
+    own term is left out.
+
+    Metrics: `soft_value`, the mean of V; `clip_fraction` and `clamped` are 0.
+    """
+    mask_T = mask_T.bool()
+    logprobs_T, normalizers_T = (_zero_where_masked(column, mask_T) for column in (logprobs_T, normalizers_T))
+    reference_logprobs_T, reference_normalizers_T, rewards_T = (
+        _zero_where_masked(column.detach(), mask_T)
+        for column in (reference_logprobs_T, reference_normalizers_T, rewards_T)
+    )
+    values_T = temperature * (normalizers_T - reference_normalizers_T)
+    gains_T = rewards_T - temperature * (logprobs_T - reference_logprobs_T)
+    missing_T = discounted_sums(gains_T, lengths_E, gamma) - values_T
+    loss = 0.5 * token_mean(_weighted(missing_T.square(), weights_T), mask_T, total_tokens)
+    return loss, {"soft_value": token_mean(values_T.detach(), mask_T, total_tokens)}
 
 
 def value_loss(
@@ -71,6 +181,8 @@ def value_loss(
     mask_T: Tensor,
     clip: float | None,
     total_tokens: int | float | Tensor,
+    *,
+    weights_T: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Half the squared error of the critic, clipped as in PPO2 (OpenAI Baselines; not in the paper).
 
@@ -87,7 +199,7 @@ def value_loss(
         old_values_T = _zero_where_masked(old_values_T.detach(), mask_T)
         held_T = values_T.clamp(old_values_T - clip, old_values_T + clip)
         error_T = torch.maximum(plain_T, 0.5 * (held_T - returns_T).square())
-    loss = token_mean(error_T, mask_T, total_tokens)
+    loss = token_mean(_weighted(error_T, weights_T), mask_T, total_tokens)
     bound_T = (error_T > plain_T).to(loss.dtype).detach()
     return loss, {"value_clip_fraction": token_mean(bound_T, mask_T, total_tokens)}
 
@@ -125,6 +237,67 @@ _KL_ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
     "k2": lambda difference_T: 0.5 * difference_T.square(),
     "k3": lambda difference_T: torch.expm1(-difference_T) + difference_T,
 }
+
+
+def sequence_means(values_T: Tensor, mask_T: Tensor, lengths_E: Tensor) -> Tensor:
+    """At every token the mean over the unmasked tokens of its answer; 0 where an answer has none."""
+    answer_T = answers_of(lengths_E)
+    sums_E, counts_E = (
+        values_T.new_zeros(len(lengths_E)).index_add(0, answer_T, column_T)
+        for column_T in (_zero_where_masked(values_T, mask_T), mask_T.to(values_T.dtype))
+    )
+    return (sums_E / counts_E.clamp(min=1))[answer_T]
+
+
+def answers_of(lengths_E: Tensor) -> Tensor:
+    """The number of each token's answer: the E answers lie one after the other."""
+    return torch.repeat_interleave(torch.arange(len(lengths_E), device=lengths_E.device), lengths_E)
+
+
+def discounted_sums(values_T: Tensor, lengths_E: Tensor, gamma: float) -> Tensor:
+    """`sum_(k >= t) gamma^(k-t) values_k` up to the end of each answer; differentiable."""
+    parts = values_T.split_with_sizes(lengths_E.tolist())
+    if gamma == 1.0:
+        sums = [part_T.flip(0).cumsum(0).flip(0) for part_T in parts]
+    else:
+        sums = [_discounts(len(part_T), gamma).to(part_T) @ part_T for part_T in parts]
+    return torch.cat(sums) if sums else values_T
+
+
+def _discounts(length: int, gamma: float) -> Tensor:
+    """`gamma^(k-t)` for k >= t, else 0; (length, length)."""
+    steps = torch.arange(length, dtype=torch.float64)
+    return torch.triu(gamma ** (steps[None, :] - steps[:, None]).clamp(min=0))
+
+
+def _cleared(
+    mask_T: Tensor, logprobs_T: Tensor, old_logprobs_T: Tensor, advantages_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Columns without what stands at masked places; only the log-probabilities keep their graph."""
+    mask_T = mask_T.bool()
+    return (
+        mask_T,
+        _zero_where_masked(logprobs_T, mask_T),
+        _zero_where_masked(old_logprobs_T.detach(), mask_T),
+        _zero_where_masked(advantages_T.detach(), mask_T),
+    )
+
+
+@torch.no_grad()
+def _ratio_metrics(
+    logprobs_T: Tensor, old_logprobs_T: Tensor, mask_T: Tensor, total_tokens: int | float | Tensor, *, clipped_T: Tensor
+) -> Metrics:
+    dtype = logprobs_T.dtype
+    excess_T = (logprobs_T - old_logprobs_T).abs() > LOG_RATIO_LIMIT
+    return {
+        "clip_fraction": token_mean(clipped_T.to(dtype), mask_T, total_tokens),
+        "kl/behaviour": token_mean(kl("k3", old_logprobs_T, logprobs_T), mask_T, total_tokens),
+        "clamped": excess_T.sum().to(dtype),
+    }
+
+
+def _weighted(values_T: Tensor, weights_T: Tensor | None) -> Tensor:
+    return values_T if weights_T is None else values_T * weights_T
 
 
 def _log_ratio(logprobs_T: Tensor, other_logprobs_T: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Owns: master weights, the gradient buffer, learning rates and their schedule. Does not know losses, batches or
 how many learners there are: `reduce` is handed in.
 
-One flat buffer means one all-reduce an optimiser step carries gradients, token count and finite flag
+One flat buffer means one all-reduce an optimiser step carries gradients, their count and finite flag
 together, and one norm needs one host synchronisation.
 """
 
@@ -33,6 +33,10 @@ def rate_factor(settings: LearnerSettings, step: int, total_steps: int) -> float
     return 1.0
 
 
+CRITIC = ("value_head.", "value_trunk.")
+"""What belongs to the critic, by name: it has a learning rate of its own."""
+
+
 class MasterAdamW:
     """Accumulates gradients in float32, steps the masters, copies them to the policy in its own dtype."""
 
@@ -45,12 +49,12 @@ class MasterAdamW:
         self.flat = torch.zeros(count + 1, device=policy.device)
         views = self.flat[:count].split_with_sizes([p.numel() for p in self.parameters])
         self.grads = [view.view_as(p) for view, p in zip(views, self.parameters, strict=True)]
-        heads = [m for n, m in zip(self.names, self.masters, strict=True) if n.startswith("value_head.")]
-        trunk = [m for n, m in zip(self.names, self.masters, strict=True) if not n.startswith("value_head.")]
+        critic = [m for n, m in zip(self.names, self.masters, strict=True) if n.startswith(CRITIC)]
+        policy_masters = [m for n, m in zip(self.names, self.masters, strict=True) if not n.startswith(CRITIC)]
         self.adamw = torch.optim.AdamW(
             [
-                {"params": trunk, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
-                {"params": heads, "lr": settings.value_learning_rate, "weight_decay": 0.0},
+                {"params": policy_masters, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
+                {"params": critic, "lr": settings.value_learning_rate, "weight_decay": 0.0},
             ],
             betas=(0.9, 0.95),
             fused=True,
@@ -65,21 +69,21 @@ class MasterAdamW:
             parameter.grad = None
             master.grad = grad
 
-    def accumulate(self, tokens: int) -> None:
-        """Adds what the last backward pass left on the policy, a sum over `tokens` trained tokens."""
+    def accumulate(self, count: int) -> None:
+        """Adds what the last backward pass left on the policy, a sum over `count` tokens or answers."""
         for parameter, master, grad in zip(self.parameters, self.masters, self.grads, strict=True):
             if parameter is not master and parameter.grad is not None:
                 grad.add_(parameter.grad)
                 parameter.grad = None
-        self.flat[-1] += tokens
+        self.flat[-1] += count
 
     def reduce(self, reduce: Reduce) -> tuple[float, float]:
-        """Sums over the learners, divides by the tokens; returns (gradient norm, tokens). NaN if any was."""
+        """Sums over the learners, divides by the count; returns (gradient norm, count). NaN if any was."""
         reduce(self.flat)
-        tokens = self.flat[-1].clone()
-        self.flat[:-1].div_(tokens.clamp(min=1.0))
-        norm, count = torch.stack([torch.linalg.vector_norm(self.flat[:-1]), tokens]).tolist()
-        return norm, count
+        count = self.flat[-1].clone()
+        self.flat[:-1].div_(count.clamp(min=1.0))
+        norm, counted = torch.stack([torch.linalg.vector_norm(self.flat[:-1]), count]).tolist()
+        return norm, counted
 
     def step(self, norm: float, grad_clip: float, rate_factor: float, critic_only: bool = False) -> None:
         """Clips and steps; with `critic_only` the language model stays as it is, weight decay included."""

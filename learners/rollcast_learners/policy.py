@@ -1,4 +1,4 @@
-"""The policy: a Hugging Face causal language model with a value head on its trunk.
+"""The policy: a Hugging Face causal language model, and its critic.
 
 Owns: loading a model, the packed forward pass, and which tensors a published policy consists of. Does not
 know losses, advantages, optimisers or Ray.
@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rollcast_learners import attention
 from rollcast_learners.batch import NO_ROW, Batch
-from rollcast_learners.head import logprobs_and_entropy
+from rollcast_learners.head import logprobs_and_entropy, scores
 
-Critic = Literal["head", "none"]
+Critic = Literal["head", "separate", "none"]
 
 # Models that change the logits after the head's matrix product need a head of their own here.
 LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -41,13 +41,15 @@ class Outputs(NamedTuple):
 
     logprobs_N: Tensor
     entropy_N: Tensor
+    normalizers_N: Tensor
+    """Of the logits, tempered: `head.Scores`."""
     values_N: Tensor
     bootstrap_E: Tensor
     """Value after the last token of each truncated episode, else 0."""
 
 
 class Policy(nn.Module):
-    """`lm` in the compute dtype, and a value head in float32 that starts at zero.
+    """`lm` in the compute dtype, and a value head in float32 that starts at zero, on its trunk or on one of its own.
 
     Raises `ValueError` for a model whose logits are not simply hidden states times the output embedding.
     """
@@ -57,18 +59,24 @@ class Policy(nn.Module):
         self.settings = settings
         config = AutoConfig.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
         _refuse_unknown_maths(config, settings.path)
-        self.lm = AutoModelForCausalLM.from_pretrained(
-            settings.path,
-            config=config,
-            dtype=getattr(torch, settings.dtype),
-            attn_implementation=attention.register(),
-            trust_remote_code=settings.trust_remote_code,
-            use_safetensors=True,
-        )
-        self.lm.config.use_cache = False
+        self.lm = self._load(config)
+        # A critic of its own has the language model's trunk, from the same weights, and no head on the vocabulary.
+        self.value_trunk = self._load(config).base_model if settings.critic == "separate" else None
         self.value_head = nn.Linear(config.hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+
+    def _load(self, config: Any) -> Any:
+        lm = AutoModelForCausalLM.from_pretrained(
+            self.settings.path,
+            config=config,
+            dtype=getattr(torch, self.settings.dtype),
+            attn_implementation=attention.register(),
+            trust_remote_code=self.settings.trust_remote_code,
+            use_safetensors=True,
+        )
+        lm.config.use_cache = False
+        return lm
 
     @property
     def device(self) -> torch.device:
@@ -85,11 +93,11 @@ class Policy(nn.Module):
 
     @property
     def has_values(self) -> bool:
-        return self.settings.critic == "head"
+        return self.settings.critic != "none"
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Last hidden states of all packed rows, (T, D)."""
-        trunk: nn.Module = self.lm.base_model
+    def hidden(self, batch: Batch, trunk: nn.Module | None = None) -> Tensor:
+        """Last hidden states of all packed rows, (T, D), of the language model or of another trunk like it."""
+        trunk = self.lm.base_model if trunk is None else trunk
         output = trunk(
             input_ids=self._tensor(batch.tokens_T).unsqueeze(0),
             position_ids=self._tensor(batch.positions_T).unsqueeze(0),
@@ -102,36 +110,40 @@ class Policy(nn.Module):
     def forward(self, batch: Batch, temperature: float = 1.0, trunk_gradient: bool = True) -> Outputs:
         """Log-probabilities, entropies and values of the trained tokens: no head sees any other row.
 
-        With `trunk_gradient=False` only the value head learns from what is returned (critic warm-up).
+        With `trunk_gradient=False` only the critic learns from what is returned (critic warm-up).
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and trunk_gradient):
             hidden_TD = self.hidden(batch)
             rows_ND = hidden_TD.index_select(0, self._tensor(batch.row_N))
-            logprobs_N, entropy_N = logprobs_and_entropy(
-                rows_ND, self.head_weight_VD, self._tensor(batch.target_N), temperature
-            )
-        return Outputs(logprobs_N, entropy_N, self.values(rows_ND), self._bootstrap(hidden_TD, batch))
-
-    def values(self, rows_ND: Tensor) -> Tensor:
-        """The seam for critics: values of the states before each trained token, float32."""
-        if not self.has_values:
-            return rows_ND.new_zeros(len(rows_ND), dtype=torch.float32)
-        values_N: Tensor = self.value_head(rows_ND.float()).squeeze(-1)
-        return values_N
+            found = scores(rows_ND, self.head_weight_VD, self._tensor(batch.target_N), temperature)
+        return Outputs(*found, *self._values(batch, hidden_TD))
 
     def score_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Values of the trained tokens and of the truncated ends, without the head's log-probabilities."""
-        hidden_TD = self.hidden(batch)
-        return self.values(hidden_TD.index_select(0, self._tensor(batch.row_N))), self._bootstrap(hidden_TD, batch)
+        return self._values(batch, None)
 
-    def _bootstrap(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
-        """No gradient: the bootstrap is a target, not a prediction."""
-        known = torch.from_numpy(batch.bootstrap_row_E != NO_ROW).to(self.device)
+    def _values(self, batch: Batch, hidden_TD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The seam for critics: values of the states before each trained token, and after each truncated end.
+
+        `hidden_TD` of the language model serves the head on its trunk, where somebody has it already. No gradient
+        reaches the bootstrap: it is a target, not a prediction.
+        """
+        none_E = torch.zeros(batch.episodes, device=self.device)
+        if not self.has_values:
+            return torch.zeros(len(batch.row_N), device=self.device), none_E
+        if self.value_trunk is not None or hidden_TD is None:
+            hidden_TD = self.hidden(batch, self.value_trunk)
+        values_N = self._value(hidden_TD.index_select(0, self._tensor(batch.row_N)))
+        known_E = torch.from_numpy(batch.bootstrap_row_E != NO_ROW).to(self.device)
         if not bool((batch.bootstrap_row_E != NO_ROW).any()):
-            return torch.zeros(batch.episodes, device=self.device)
+            return values_N, none_E
         with torch.no_grad():
-            rows = self._tensor(batch.bootstrap_row_E).clamp(min=0)
-            return torch.where(known, self.values(hidden_TD.index_select(0, rows)), 0.0)
+            ends_ED = hidden_TD.index_select(0, self._tensor(batch.bootstrap_row_E).clamp(min=0))
+            return values_N, torch.where(known_E, self._value(ends_ED), 0.0)
+
+    def _value(self, rows_ND: Tensor) -> Tensor:
+        values_N: Tensor = self.value_head(rows_ND.float()).squeeze(-1)
+        return values_N
 
     def score_rows(self, token_ids_RL: Tensor) -> Tensor:
         """Log-probabilities of tokens 1..L-1 of each row at temperature 1, (R, L - 1): the probe's reference."""

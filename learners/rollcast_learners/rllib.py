@@ -1,4 +1,4 @@
-"""RLlib runs the learner: `TorchRLModule`, `TorchLearner` and `LearnerGroup` around `PPOLearner`.
+"""RLlib runs the learner: `TorchRLModule`, `TorchLearner` and `LearnerGroup` around `PolicyLearner`.
 
 Owns: how RLlib's classes are used, and which of its defaults are switched off. The only file of this package
 that knows Ray. Does not know where batches come from or where weights go.
@@ -9,6 +9,7 @@ because one all-reduce an optimiser step carries everything; no `get_weights` an
 fail on bfloat16.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,9 +34,9 @@ from torch import Tensor
 from rollcast_learners import state
 from rollcast_learners.arena import Arena, policy_specs
 from rollcast_learners.batch import Batch
+from rollcast_learners.learner import PolicyLearner, StepResult
 from rollcast_learners.policy import Outputs, Policy, PolicySettings
-from rollcast_learners.ppo import PPOLearner, StepResult
-from rollcast_learners.settings import KLSettings, LearnerSettings
+from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
 from rollcast_learners.supervised import SupervisedLearner
 from rollcast_learners.types import Probe, TensorEntry
 
@@ -50,8 +51,11 @@ class LearnerSpec:
     policy: PolicySettings
     learner: LearnerSettings
     kl: KLSettings
+    correction: CorrectionSettings
     temperature: float
     total_steps: int
+    answer_tokens: int
+    """Longest answer of one turn: what `loss_mean = "constant"` divides by."""
     seed: int
     supervised: bool = False
     """Whether it learns from references (`sft`) instead of rewards."""
@@ -85,7 +89,7 @@ class LMConfig(AlgorithmConfig):
 
 
 class LMLearner(TorchLearner):
-    """`PPOLearner` inside RLlib's learner process."""
+    """`PolicyLearner` inside RLlib's learner process."""
 
     # RLlib's abstract hook for a loss on its own forward pass; our `_update` makes the whole step.
     compute_loss_for_module: Any = None
@@ -103,34 +107,37 @@ class LMLearner(TorchLearner):
         policy: Policy = self.module[DEFAULT_MODULE_ID].policy
         reference = None
         if self.spec.kl.kind != "none":
-            reference = Policy(self.spec.policy).to(policy.device).requires_grad_(False)
-        kind = SupervisedLearner if self.spec.supervised else PPOLearner
-        self.ppo = kind(
+            frozen = dataclasses.replace(self.spec.policy, critic="none")
+            reference = Policy(frozen).to(policy.device).requires_grad_(False)
+        kind = SupervisedLearner if self.spec.supervised else PolicyLearner
+        self.core = kind(
             policy,
             self.spec.learner,
             self.spec.kl,
+            self.spec.correction,
             temperature=self.spec.temperature,
             total_steps=self.spec.total_steps,
+            answer_tokens=self.spec.answer_tokens,
             seed=self.spec.seed,
             reference=reference,
             reduce=self._sum_over_learners,
         )
 
     def configure_optimizers(self) -> None:
-        """None of RLlib's: `PPOLearner` owns the optimiser, over float32 masters that RLlib does not know."""
+        """None of RLlib's: `PolicyLearner` owns the optimiser, over float32 masters that RLlib does not know."""
 
     def _make_modules_ddp_if_necessary(self) -> None:
         """Never: see the module's docstring."""
 
     def _sum_over_learners(self, tensor: Tensor) -> None:
         if self.config.num_learners > 1:
-            moved = tensor.to(self.ppo.policy.device)  # NCCL sums nothing but what lies on its own GPU.
+            moved = tensor.to(self.core.policy.device)  # NCCL sums nothing but what lies on its own GPU.
             torch.distributed.all_reduce(moved)
             if moved is not tensor:
                 tensor.copy_(moved)
 
     def _update(self, batch: dict[str, Any], **_: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        self.result = self.ppo.step(opaque(batch[DEFAULT_MODULE_ID]))
+        self.result = self.core.step(opaque(batch[DEFAULT_MODULE_ID]))
         return {}, {}, {}
 
 
@@ -242,7 +249,7 @@ def _take_result(learner: LMLearner) -> StepResult:
 def _publish(
     learner: LMLearner, version: int, folder: str, retire: list[int], digest: bool
 ) -> tuple[tuple[str, ...], tuple[TensorEntry, ...]]:
-    tensors = dict(learner.ppo.policy.published())
+    tensors = dict(learner.core.policy.published())
     if learner.arena is None:
         learner.arena = Arena(folder, policy_specs(tensors))
     for old in retire:
@@ -251,22 +258,22 @@ def _publish(
 
 
 def _probe(learner: LMLearner, token_ids_RL: NDArray[np.int32]) -> Probe:
-    policy = learner.ppo.policy
+    policy = learner.core.policy
     scored_RL = policy.score_rows(torch.from_numpy(token_ids_RL.astype(np.int64)).to(policy.device))
     return Probe(token_ids_RL, scored_RL.float().cpu().numpy())
 
 
 def _held_out_loss(learner: LMLearner, batch: Batch) -> float:
-    assert isinstance(learner.ppo, SupervisedLearner), "only a supervised learner has a held-out loss"
-    return learner.ppo.held_out_loss(batch)
+    assert isinstance(learner.core, SupervisedLearner), "only a supervised learner has a held-out loss"
+    return learner.core.held_out_loss(batch)
 
 
 def _save(learner: LMLearner, folder: str) -> None:
-    state.save(learner.ppo, Path(folder))
+    state.save(learner.core, Path(folder))
 
 
 def _load(learner: LMLearner, folder: str) -> None:
-    state.load(learner.ppo, Path(folder))
+    state.load(learner.core, Path(folder))
 
 
 def _node(learner: LMLearner) -> str:

@@ -4,9 +4,11 @@ Owns: names, defaults, bounds and one sentence each. Does not know files, overri
 of a run.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rollcast_learners.algorithms import ALGORITHMS, AlgorithmName, Normalization
 
 
 class Settings(BaseModel):
@@ -18,8 +20,8 @@ class Settings(BaseModel):
 class LearnerSettings(Settings):
     """How the policy learns."""
 
-    algorithm: Literal["ppo"] = "ppo"
-    """The learning algorithm."""
+    algorithm: AlgorithmName = "ppo"
+    """The learning algorithm (docs/algorithms); it settles what a file leaves out of the other keys here."""
     num_learners: int = Field(default=1, ge=0)
     """Learner processes, data parallel; 0 runs the learner inside the trainer process."""
     gpus_per_learner: float = Field(default=0, ge=0)
@@ -44,32 +46,57 @@ class LearnerSettings(Settings):
     """AdamW's decoupled weight decay for the language model."""
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm; larger gradients are scaled down to it."""
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_low: float = Field(default=0.2, gt=0, le=1)
     """The probability ratio is clipped below at 1 - clip_low."""
     clip_high: float = Field(default=0.28, gt=0)
     """The probability ratio is clipped above at 1 + clip_high."""
-    normalize_advantages: Literal["batch", "group", "none"] = "batch"
-    """Whitened over the batch, centred and scaled within each group of samples, or left as they are."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """Largest ratio that a token with a negative advantage counts with; absent means no bound."""
+    loss_mean: Literal["tokens", "answers", "constant"] = "tokens"
+    """Mean over all tokens; over answers of their token means; or over answers of token sums / max_new_tokens."""
+    normalize_advantages: Normalization = "batch"
+    """Over the batch or the samples of a prompt: minus the mean and scaled, or `_mean`: only minus the mean."""
+    dynamic_sampling: bool = False
+    """Whether prompts whose samples are all equally good are replaced by others, since they teach nothing."""
     gamma: float = Field(default=1.0, ge=0, le=1)
     """Discount a token."""
     lam: float = Field(default=1.0, ge=0, le=1)
     """Lambda of generalized advantage estimation."""
-    critic: Literal["head", "none"] = "head"
-    """A value head on the policy's trunk, or no value function at all."""
+    critic: Literal["head", "separate", "none"] = "head"
+    """A value head on the policy's trunk, one on a trunk of its own (twice the memory), or no value function at all."""
     value_learning_rate: float = Field(default=2e-4, gt=0)
-    """AdamW's learning rate for the value head."""
+    """AdamW's learning rate for the critic; a separate one wants about that of the language model."""
     value_clip: float | None = Field(default=None, gt=0)
     """Clip of the value's change against the value before the update; absent means no clip."""
     value_coef: float = Field(default=0.1, ge=0)
     """Weight of the value loss."""
     critic_warmup_steps: int = Field(default=0, ge=0)
-    """First steps in which only the value head learns."""
+    """First steps in which only the critic learns."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus."""
     reward_clip: float = Field(default=10.0, gt=0)
     """Rewards are clipped to plus and minus this."""
     on_length: Literal["zero", "bootstrap", "mask"] = "zero"
     """An answer cut at max_new_tokens ends with value 0, continues with the critic's, or is not trained on."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, given: Any) -> Any:
+        """What the algorithm brings along stands where nothing is said."""
+        if isinstance(given, dict) and given.get("algorithm", "ppo") in ALGORITHMS:
+            return {**ALGORITHMS[given.get("algorithm", "ppo")].presets, **given}
+        return given
+
+
+class CorrectionSettings(Settings):
+    """How samples of older policies count."""
+
+    correction: Literal["none", "decoupled", "token_tis", "sequence_tis", "token_mask", "sequence_mask"] = "none"
+    """Weight of a sample of an older policy (docs/algorithms/correction.md); none measures ratios from that policy."""
+    correction_low: float = Field(default=0.5, gt=0, le=1)
+    """Ratio below which token_mask leaves a token out."""
+    correction_high: float = Field(default=2.0, ge=1)
+    """Ratio at which the truncated weights end, and beyond which the masks leave out."""
 
 
 class KLSettings(Settings):
@@ -78,6 +105,10 @@ class KLSettings(Settings):
     kind: Literal["none", "k1", "k2", "k3"] = "none"
     """Estimator of the divergence; `none` loads no reference policy."""
     coef: float = Field(default=0.0, ge=0)
-    """Weight of the divergence."""
+    """Weight of the divergence; the temperature of soft_q."""
+    target: float | None = Field(default=None, gt=0)
+    """Divergence a token to which the weight adapts itself; absent leaves the weight as it is."""
+    horizon: int = Field(default=10000, ge=1)
+    """Samples over which an adaptive weight moves by a fifth of itself at most."""
     applied_as: Literal["reward", "loss"] = Field(default="reward", alias="as")
     """Subtracted from each token's reward, or added to the loss."""

@@ -3,7 +3,7 @@
 Owns: the files of one learner state. Does not know checkpoints' digests, steps of the run, or when to save.
 
     policy.safetensors      float32 masters of the language model, Hugging Face names
-    critic.safetensors      the value head
+    critic.safetensors      the value head, and the critic's own trunk where it has one
     optimizer.safetensors   AdamW's moments, `exp_avg/NAME` and `exp_avg_sq/NAME`
     learner.json            counters, the guard, and the optimiser's step count
 
@@ -20,23 +20,25 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rollcast_learners.learner import PolicyLearner
 from rollcast_learners.optimizer import MasterAdamW
-from rollcast_learners.ppo import PPOLearner
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-TRUNK, HEAD = "lm.", "value_head."
+POLICY, HEAD, TRUNK = "lm.", "value_head.", "value_trunk."
 
 
-def save(learner: PPOLearner, folder: Path) -> None:
+def save(learner: PolicyLearner, folder: Path) -> None:
     """Writes the four files into `folder`, which exists and is empty."""
     masters = _masters(learner.optimizer)
-    save_file(_below(masters, TRUNK), folder / "policy.safetensors", metadata={"format": "pt"})
-    save_file(_below(masters, HEAD), folder / "critic.safetensors")
+    critic = {name.removeprefix(HEAD): m for name, m in masters.items() if not name.startswith(POLICY)}
+    policy = {name.removeprefix(POLICY): m for name, m in masters.items() if name.startswith(POLICY)}
+    save_file(policy, folder / "policy.safetensors", metadata={"format": "pt"})
+    save_file(critic, folder / "critic.safetensors")
     save_file(_moments(learner.optimizer), folder / "optimizer.safetensors")
     (folder / "learner.json").write_text(json.dumps(_scalars(learner), indent=2) + "\n", encoding="utf-8")
 
 
-def load(learner: PPOLearner, folder: Path) -> None:
+def load(learner: PolicyLearner, folder: Path) -> None:
     """Puts back what `save` wrote, into a learner of the same model.
 
     Raises `ValueError` naming the tensor when the state belongs to another model.
@@ -44,13 +46,15 @@ def load(learner: PPOLearner, folder: Path) -> None:
     device = str(learner.policy.device)
     policy = load_file(folder / "policy.safetensors", device=device)
     critic = load_file(folder / "critic.safetensors", device=device)
-    saved = {TRUNK + k: v for k, v in policy.items()} | {HEAD + k: v for k, v in critic.items()}
+    saved = {POLICY + k: v for k, v in policy.items()}
+    saved |= {k if k.startswith(TRUNK) else HEAD + k: v for k, v in critic.items()}
     _copy(_masters(learner.optimizer), saved, folder)
     learner.optimizer.copy_to_policy()
     scalars = json.loads((folder / "learner.json").read_text(encoding="utf-8"))
     _load_moments(learner.optimizer, load_file(folder / "optimizer.safetensors", device=device), scalars, folder)
     learner.steps_done = int(scalars["steps_done"])
     learner.rate_scale = float(scalars["rate_scale"])
+    learner.kl_coef = float(scalars.get("kl_coef", learner.kl_coef))
     learner.guard.load(scalars["guard"])
 
 
@@ -66,10 +70,6 @@ def _masters(optimizer: MasterAdamW) -> dict[str, Tensor]:
     return {name: m.detach() for name, m in zip(optimizer.names, optimizer.masters, strict=True)}
 
 
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
 def _moments(optimizer: MasterAdamW) -> dict[str, Tensor]:
     return {
         f"{moment}/{name}": optimizer.adamw.state[master][moment]
@@ -79,11 +79,12 @@ def _moments(optimizer: MasterAdamW) -> dict[str, Tensor]:
     }
 
 
-def _scalars(learner: PPOLearner) -> dict[str, Any]:
+def _scalars(learner: PolicyLearner) -> dict[str, Any]:
     state = learner.optimizer.adamw.state
     return {
         "steps_done": learner.steps_done,
         "rate_scale": learner.rate_scale,
+        "kl_coef": learner.kl_coef,
         "guard": learner.guard.state(),
         "optimizer_step": max((int(s["step"]) for s in state.values()), default=0),
     }

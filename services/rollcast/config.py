@@ -13,7 +13,8 @@ import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from rollcast_learners.settings import KLSettings, LearnerSettings
+from rollcast_learners.algorithms import ALGORITHMS, OVER_GROUPS
+from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -224,6 +225,15 @@ class LearnerSection(LearnerSettings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "LearnerSection":
+        algorithm = ALGORITHMS[self.algorithm]
+        for key, values in algorithm.allowed.items():
+            value = getattr(self, key)
+            if value not in values:
+                usual = algorithm.presets.get(key, values[0])
+                choices = " or ".join(f'"{other}"' for other in values)
+                why = f"{self.algorithm} ({algorithm.paper}) has {choices} there, not {value!r}"
+                fix = f'leave it out (it is then "{usual}"), or choose another learner.algorithm'
+                raise _refusal(f"learner.{key}", why, fix)
         if self.critic == "none" and self.on_length == "bootstrap":
             why = "without a critic there is no value to bootstrap from"
             raise _refusal("learner.on_length", why, 'use "zero" or "mask", or learner.critic = "head"')
@@ -239,11 +249,15 @@ class KLSection(KLSettings):
     def _fits_together(self) -> "KLSection":
         if self.coef > 0 and self.kind == "none":
             raise _refusal("kl.coef", 'kl.kind = "none" measures no divergence', 'set kl.kind, say to "k3"')
+        if self.target is not None and not self.coef > 0:
+            raise _refusal("kl.target", "a weight of 0 cannot adapt itself", "set kl.coef to where it starts, say 0.05")
         return self
 
 
-class BufferSection(Section):
-    """What waits between workers and learner."""
+class BufferSection(CorrectionSettings):
+    """What waits between workers and learner, and how samples of older policies count."""
+
+    model_config = STRICT
 
     max_staleness: NotNegative = 2
     """How many versions old a sample may be when it is trained on; 0 is synchronous training."""
@@ -329,10 +343,27 @@ class RunConfig(Section):
             raise _refusal("learner.minibatches", why, "lower it, or raise learner.prompts_per_step")
         self._check_evaluation()
         self._check_rewards()
-        if self.learner.normalize_advantages == "group" and self.rollout.group_size == 1:
-            why = "in a group of one sample every advantage is zero"
-            raise _refusal("learner.normalize_advantages", why, 'use "batch", or raise rollout.group_size')
+        self._check_algorithm()
         return self
+
+    def _check_algorithm(self) -> None:
+        learner, algorithm = self.learner, ALGORITHMS[self.learner.algorithm]
+        if learner.normalize_advantages in OVER_GROUPS and self.rollout.group_size == 1:
+            why = f"learner.normalize_advantages = {learner.normalize_advantages!r} compares samples of one prompt"
+            fix = 'set it to 2 or more, or learner.normalize_advantages to "batch" where the algorithm can do with it'
+            raise _refusal("rollout.group_size", why, fix)
+        if learner.dynamic_sampling and self.rollout.group_size == 1:
+            why = "a single sample is always as good as itself, and every prompt would be replaced"
+            raise _refusal("learner.dynamic_sampling", why, "set it to false, or raise rollout.group_size")
+        if algorithm.needs_reference and not self.kl.coef > 0:
+            why = f"{learner.algorithm} has kl.coef as its temperature, and a reference to measure from"
+            raise _refusal("kl.coef", why, 'set kl.kind = "k1" and kl.coef, say to 0.1')
+        if self.buffer.correction != "none" and algorithm.needs_reference:
+            why = f"{learner.algorithm} learns from samples of any policy as they are"
+            raise _refusal("buffer.correction", why, 'set it to "none"')
+        if self.buffer.correction != "none" and self.rollout.engine == "scripted":
+            why = "the scripted engine has no log-probabilities of its own to correct by"
+            raise _refusal("buffer.correction", why, 'set it to "none", or rollout.engine to "vllm" or "torch"')
 
     def _check_evaluation(self) -> None:
         labels = [env.label for env in self.env]

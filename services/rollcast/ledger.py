@@ -1,4 +1,4 @@
-"""The prompt ledger: every group of prompts is pending, leased, done or failed, and a journal says so.
+"""The prompt ledger: every group of prompts is pending, leased, done, failed or skipped, and a journal says so.
 
 Owns: which group is where, who holds it until when, and the journal file. Does not know what a prompt asks,
 who plays it, or Ray.
@@ -7,9 +7,9 @@ A group (the samples of one question) is leased, finished and failed as one. A l
 a result that comes with an expired lease is refused, so that nothing is trained twice. Deadlines use the
 monotonic clock.
 
-Journal lines: `{"event": "lease" | "return" | "done" | "failed" | "rollback", "group": n, ...}`. A group that
-was trained in a step later than the checkpoint a run resumes from goes back to pending: its training was lost
-with it.
+Journal lines: `{"event": "lease" | "return" | "done" | "failed" | "skipped" | "rollback", "group": n, ...}`. A
+group that was trained in a step later than the checkpoint a run resumes from goes back to pending: its training
+was lost with it.
 """
 
 import json
@@ -51,6 +51,7 @@ class Ledger:
         self._attempts: dict[int, int] = {}
         self._done: set[int] = set(trained_groups)
         self._failed: set[int] = set()
+        self._skipped: set[int] = set()
         self._held: set[int] = set()
         self._pending: list[int] = []
         self._next_group = next_group
@@ -63,10 +64,10 @@ class Ledger:
     @classmethod
     def resume(cls, journal: Path, lease_s: float, max_attempts: int, step: int) -> "Ledger":
         """The ledger as it stood when the checkpoint of `step` was taken: later training is pending again."""
-        done, failed, highest = _replay(journal, step)
+        done, failed, skipped, highest = _replay(journal, step)
         ledger = cls(journal, lease_s, max_attempts, done, highest + 1)
-        ledger._failed = failed
-        ledger._pending = [g for g in range(highest + 1) if g not in done and g not in failed]
+        ledger._failed, ledger._skipped = failed, skipped
+        ledger._pending = [g for g in range(highest + 1) if g not in done | failed | skipped]
         ledger._write("rollback", -1, step=step, pending=len(ledger._pending))
         return ledger
 
@@ -114,6 +115,12 @@ class Ledger:
         self._held.remove(group)
         self._failed.add(group)
         self._write("failed", group, why=why)
+
+    def skip(self, group: int, why: str) -> None:
+        """A held group is left out, with nothing wrong in it."""
+        self._held.remove(group)
+        self._skipped.add(group)
+        self._write("skipped", group, why=why)
 
     def release_worker(self, worker: int) -> list[Lease]:
         """A worker is gone: its leases return to pending."""
@@ -174,10 +181,10 @@ def _is_torn(journal: Path) -> bool:
         return file.read() not in (b"", b"\n")
 
 
-def _replay(journal: Path, step: int) -> tuple[set[int], set[int], int]:
-    """(done by `step`, failed, highest group issued) as the journal tells. A torn last line is ignored."""
+def _replay(journal: Path, step: int) -> tuple[set[int], set[int], set[int], int]:
+    """(done by `step`, failed, skipped, highest group issued) as the journal tells. A torn last line is ignored."""
     done: dict[int, int] = {}
-    failed: set[int] = set()
+    settled: dict[str, set[int]] = {"failed": set(), "skipped": set()}
     highest = -1
     for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []:
         try:
@@ -188,8 +195,8 @@ def _replay(journal: Path, step: int) -> tuple[set[int], set[int], int]:
         highest = max(highest, group)
         if row["event"] == "done":
             done[group] = row["step"]
-        elif row["event"] == "failed":
-            failed.add(group)
+        elif row["event"] in settled:
+            settled[row["event"]].add(group)
         elif row["event"] == "rollback":
             done = {g: s for g, s in done.items() if s <= row["step"]}
-    return {g for g, s in done.items() if s <= step}, failed, highest
+    return {g for g, s in done.items() if s <= step}, settled["failed"], settled["skipped"], highest

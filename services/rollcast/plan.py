@@ -299,15 +299,19 @@ def _learner_needs(config: RunConfig, size: ModelSize) -> Iterator[Need]:
     place: Place = "gpu memory" if config.learner.gpus_per_learner else "memory"
     copies = max(1, config.learner.num_learners)
     masters, compute = FP32 * size.parameters, _compute_bytes(config) * size.parameters
+    separate = config.learner.critic == "separate"
+    trained = masters * (2 if separate else 1)
 
     def need(name: str, nbytes: int, about: bool = False) -> Need:
         return Need(f"learner: {name}", place, copies * nbytes, about)
 
     if config.model.dtype != "float32":
         yield need("policy to compute with", compute)
-    yield need("float32 masters", masters)
-    yield need("Adam moments", 2 * masters)
-    yield need("gradients", masters)
+    if separate and config.model.dtype != "float32":
+        yield need("critic to compute with", compute)
+    yield need("float32 masters", trained)
+    yield need("Adam moments", 2 * trained)
+    yield need("gradients", trained)
     if config.kl.kind != "none":
         yield need("reference policy", compute)
     yield need("activations", _activation_bytes(config, size), about=True)
@@ -335,7 +339,7 @@ def _worker_needs(config: RunConfig, size: ModelSize) -> Iterator[Need]:
 
 def _checkpoint_bytes(config: RunConfig, size: ModelSize) -> int:
     """A new checkpoint is complete before the oldest goes: one more than are kept."""
-    checkpoint = 3 * FP32 * size.parameters
+    checkpoint = 3 * FP32 * size.parameters * (2 if config.learner.critic == "separate" else 1)
     published = _compute_bytes(config) * size.parameters
     return (config.checkpoint.keep_last + 1) * (checkpoint + published)
 

@@ -29,10 +29,11 @@ from rollcast.rundir import write_atomic
 from rollcast.runner import WorkerSpec
 from rollcast.session import Session
 from rollcast.weights import Store
+from rollcast_learners.algorithms import OVER_GROUPS
 from rollcast_learners.arena import NonFiniteWeights, TensorSpec
 from rollcast_learners.batch import collate
+from rollcast_learners.learner import StepResult
 from rollcast_learners.policy import PolicySettings
-from rollcast_learners.ppo import StepResult
 from rollcast_learners.rllib import Learners, LearnerSpec
 from rollcast_learners.types import Sampling, Weights
 
@@ -40,6 +41,8 @@ T = TypeVar("T")
 
 LOST_AFTER_LEASES = 3
 """A worker that has not answered for so many lease times is lost."""
+EQUAL_GROUPS_IN_A_ROW = 10
+"""Steps' worth of prompts without a difference after which dynamic sampling gives up: there may be nothing else."""
 SLOW_REWARD_S = 1.0
 """A call of a user's reward function beyond this is told."""
 
@@ -51,7 +54,7 @@ class Run(Session):
         config, folder = self.config, self.folder
         rollout = config.rollout
         self.errors = ErrorShare()
-        self.dropped_errors = 0
+        self.dropped_errors = self.dropped_equal = self._equal_in_a_row = 0
         self._learner_thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
         self._closers.callback(self._learner_thread.shutdown, wait=False, cancel_futures=True)
         self._evaluation: Evaluation | None = None
@@ -256,12 +259,15 @@ class Run(Session):
         self._gather(activity)
 
     def _gather(self, activity: str) -> None:
-        needed = 2 if self.config.learner.normalize_advantages == "group" else 1
+        needed = 2 if self.config.learner.normalize_advantages in OVER_GROUPS else 1
         for group in self.fleet.gather():
             self.errors.add(group)
             self.dropped_errors += len(group.errors)
             if len(group.usable.trajectories) < needed:
                 self.ledger.fail(group.number, group.errors[0])
+            elif self.config.learner.dynamic_sampling and not self._teaches(group.usable):
+                self.dropped_equal += len(group.trajectories)
+                self.ledger.skip(group.number, "all samples equally good")
             else:
                 self.buffer.add([group.usable])
         for refusal in self.fleet.refusals:
@@ -269,6 +275,15 @@ class Run(Session):
         self.fleet.refusals.clear()
         self._stop_on_errors()
         self._waiting(activity)
+
+    def _teaches(self, group: PlayedGroup) -> bool:
+        """Whether its samples differ in reward. After too many in a row that do not, others are taken as they are."""
+        rewards = [trajectory.reward for trajectory in group.trajectories]
+        self._equal_in_a_row = 0 if max(rewards) > min(rewards) else self._equal_in_a_row + 1
+        limit = EQUAL_GROUPS_IN_A_ROW * self.groups_per_step
+        if self._equal_in_a_row == limit + 1:
+            self.progress.say(f"{limit} prompts in a row had equally good samples: dynamic sampling lets them pass")
+        return not 0 < self._equal_in_a_row <= limit
 
     def _stop_on_errors(self) -> None:
         limit = self.config.rollout.max_error_share
@@ -318,6 +333,7 @@ class Run(Session):
             "policy_version": float(self.weights.version),
             "dropped/stale": float(self.buffer.dropped_stale),
             "dropped/error": float(self.dropped_errors),
+            "dropped/equal": float(self.dropped_equal),
             "fleet/workers": float(self.fleet.ready()),
             "fleet/restarts": float(self.fleet.restarts),
             **{f"ledger/{state}": float(count) for state, count in self.ledger.counts().items()},
@@ -345,8 +361,10 @@ def learner_spec(config: RunConfig, dtype: Dtype, supervised: bool = False) -> L
         PolicySettings(model.path, dtype, config.learner.critic, model.trust_remote_code),
         config.learner,
         config.kl,
+        config.buffer,
         1.0 if supervised else config.rollout.temperature,
         config.run.steps,
+        config.rollout.max_new_tokens,
         config.run.seed,
         supervised,
     )

@@ -191,6 +191,19 @@ def test_asked_to_stop_it_saves_and_exits(tmp_path: Path, tiny_bf16: str, number
     assert not list(Path("/dev/shm").glob("rollcast-asked-*"))
 
 
+def test_asked_to_stop_while_it_starts_it_leaves_nothing_behind(tmp_path: Path, tiny_bf16: str) -> None:
+    folder = RunDir(tmp_path / "early")
+    trainer = start(tmp_path, tiny_bf16, "--run.name", "early", "--rollout.workers", "2")
+    wait_for(lambda: list(Path("/dev/shm").glob("rollcast-early-*")), 120)
+    trainer.send_signal(signal.SIGTERM)
+    output, _ = trainer.communicate(timeout=60)
+    assert trainer.returncode == 0, output
+    assert "stopping" in output and "Traceback" not in output
+    assert not metrics.read(folder.metrics) and not list(folder.checkpoints.glob("step_*")), "no step was begun"
+    wait_for(lambda: not of_this_run(tmp_path), 30)
+    assert not list(Path("/dev/shm").glob("rollcast-early-*"))
+
+
 @pytest.mark.ray
 def test_a_corrupt_newest_checkpoint_is_reported_and_the_one_before_used(
     tmp_path: Path, tiny_bf16: str, ray_cluster: str, capsys: pytest.CaptureFixture[str]

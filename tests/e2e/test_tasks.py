@@ -92,6 +92,32 @@ def test_a_failing_reward_masks_its_sample_and_the_run_goes_on(
 
 
 @pytest.mark.ray
+def test_dynamic_sampling_replaces_prompts_that_teach_nothing(tmp_path: Path, tiny_bf16: str, ray_cluster: str) -> None:
+    rewards = '--env.0.rewards=[{function="reward_functions:uneven"}]'
+    words = (rewards, "--env.0.own_reward_weight=0", "--learner.algorithm=dapo", "--eval.every=0")
+    folder = trained(config_for(tmp_path, tiny_bf16, *words))
+    rows = metrics.read(folder.metrics)
+    assert rows[-1]["step"] == 4 and rows[-1]["dropped/equal"] > 0 and rows[-1]["ledger/failed"] == 0
+    played = [record for path in records.files(folder.rollouts) for record in records.read(path)]
+    groups = {record["group"]: [r["reward"] for r in played if r["group"] == record["group"]] for record in played}
+    assert len(groups) == 4 * 2 and all(len(set(rewards)) > 1 for rewards in groups.values())
+    events = [json.loads(line) for line in folder.ledger.read_text().splitlines()]
+    skipped = {event["group"] for event in events if event["event"] == "skipped"}
+    assert len(skipped) * 4 >= rows[-1]["dropped/equal"] and not skipped & set(map(int, groups))
+
+
+@pytest.mark.ray
+def test_dynamic_sampling_ends_where_nothing_teaches(
+    tmp_path: Path, tiny_bf16: str, ray_cluster: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewards = '--env.0.rewards=[{function="reward_functions:indifferent"}]'
+    words = (rewards, "--env.0.own_reward_weight=0", "--learner.algorithm=dapo", "--eval.every=0", "--run.steps=2")
+    rows = metrics.read(trained(config_for(tmp_path, tiny_bf16, *words)).metrics)
+    assert rows[-1]["step"] == 2 and rows[-1]["dropped/equal"] == 10 * 2 * 4
+    assert "dynamic sampling lets them pass" in capsys.readouterr().out
+
+
+@pytest.mark.ray
 def test_a_reward_that_always_fails_ends_the_run_with_its_name(
     tmp_path: Path, tiny_bf16: str, ray_cluster: str
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollcast_learners.advantages import gae, group_advantages, moments, whiten
+from rollcast_learners.advantages import centre, gae, group_advantages, leave_one_out, moments, whiten
 
 Floats = st.lists(st.floats(-1e4, 1e4, width=32), min_size=0, max_size=40)
 
@@ -151,3 +151,27 @@ def test_a_nan_spoils_its_own_group_only():
 def test_group_advantages_refuse_unequal_lengths():
     with pytest.raises(ValueError, match="group_B has shape"):
         group_advantages(torch.zeros(3), torch.zeros(2))
+
+
+def test_leave_one_out_is_the_mean_of_the_others():
+    random = np.random.default_rng(5)
+    for _ in range(200):
+        groups = np.repeat(np.arange(4), random.integers(1, 5, size=4))
+        order = random.permutation(len(groups))
+        groups, returns = groups[order], random.normal(size=len(order))
+        expected = [
+            np.mean([r for j, r in enumerate(returns) if groups[j] == g and j != i])
+            if (groups == g).sum() > 1
+            else returns[i]
+            for i, g in enumerate(groups)
+        ]
+        baseline = leave_one_out(torch.from_numpy(returns), torch.from_numpy(groups))
+        np.testing.assert_allclose(baseline, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_centre_and_unscaled_groups_keep_the_spread():
+    returns, groups = torch.tensor([1.0, 3.0, 10.0, 14.0]), torch.tensor([0, 0, 1, 1])
+    assert centre(returns).tolist() == [-6.0, -4.0, 3.0, 7.0]
+    assert centre(returns[:2], moments(returns)).tolist() == [-6.0, -4.0]
+    assert group_advantages(returns, groups, scale=False).tolist() == [-1.0, 1.0, -2.0, 2.0]
+    assert centre(torch.zeros(0)).shape == (0,)

@@ -11,15 +11,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollcast_learners import head
-from rollcast_learners.head import logprobs_and_entropy
+from rollcast_learners.head import logprobs_and_entropy, scores
 
 LEARNERS = Path(head.__file__).parents[1]
 
 
 def naive_logprobs_and_entropy(hidden, weight, targets, temperature=1.0):
+    return naive_scores(hidden, weight, targets, temperature)[:2]
+
+
+def naive_scores(hidden, weight, targets, temperature=1.0):
     logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature
     logprobs = logits.log_softmax(-1)
-    return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, targets[:, None])[:, 0], entropy, logits.logsumexp(-1)
 
 
 @pytest.fixture
@@ -38,28 +43,34 @@ def problem(tokens, dtype, vocabulary=37, hidden=16):
     return hidden_TD.to(dtype).requires_grad_(), weight_VD.to(dtype).requires_grad_(), targets_T
 
 
-def loss_of(logprobs, entropy, parts):
-    """Uneven weights, so that rows and both outputs can be told apart."""
+def loss_of(logprobs, entropy, *normalizers, parts):
+    """Uneven weights, so that rows and all outputs can be told apart."""
     rows = torch.linspace(-1.0, 2.0, len(logprobs), dtype=logprobs.dtype)
     loss = torch.zeros((), dtype=logprobs.dtype)
     if "logprobs" in parts:
         loss = loss + (rows * logprobs).sum()
     if "entropy" in parts:
         loss = loss + (rows.square() * entropy).sum()
+    if "normalizers" in parts:
+        loss = loss + (rows.exp() * normalizers[0]).sum()
     return loss
 
 
+NAMES = ("logprobs", "entropy", "normalizers")
+PARTS = [NAMES[:1], NAMES[1:2], NAMES[:2], NAMES[2:], NAMES]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
-@pytest.mark.parametrize("parts", [("logprobs",), ("entropy",), ("logprobs", "entropy")])
+@pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("tokens", [0, 1, 4, 6, 13])
 def test_values_and_gradients_equal_full_logits(small_steps, tokens, parts, temperature):
     exact = problem(tokens, torch.float64)
-    expected = naive_logprobs_and_entropy(*exact, temperature)
-    expected_gradients = torch.autograd.grad(loss_of(*expected, parts), exact[:2])
+    expected = naive_scores(*exact, temperature)
+    expected_gradients = torch.autograd.grad(loss_of(*expected, parts=parts), exact[:2])
     for dtype, close in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         inputs = [one.detach().to(dtype).requires_grad_() for one in exact[:2]]
-        actual = logprobs_and_entropy(*inputs, exact[2], temperature)
-        gradients = torch.autograd.grad(loss_of(*actual, parts), inputs)
+        actual = scores(*inputs, exact[2], temperature)
+        gradients = torch.autograd.grad(loss_of(*actual, parts=parts), inputs)
         for ours, theirs in zip(actual + gradients, expected + expected_gradients, strict=True):
             assert ours.dtype == dtype
             torch.testing.assert_close(ours.double(), theirs, rtol=close, atol=close)
@@ -67,17 +78,17 @@ def test_values_and_gradients_equal_full_logits(small_steps, tokens, parts, temp
 
 def test_gradcheck(small_steps):
     hidden, weight, targets = problem(7, torch.float64, vocabulary=11, hidden=3)
-    assert torch.autograd.gradcheck(lambda *inputs: logprobs_and_entropy(*inputs, targets, 0.8), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda *inputs: tuple(scores(*inputs, targets, 0.8)), (hidden, weight))
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
 def test_only_wanted_gradients_are_computed(small_steps, wanted):
     hidden, weight, targets = problem(9, torch.float64)
     both = torch.autograd.grad(
-        loss_of(*naive_logprobs_and_entropy(hidden, weight, targets), ("logprobs",)), (hidden, weight)
+        loss_of(*naive_logprobs_and_entropy(hidden, weight, targets), parts=PARTS[0]), (hidden, weight)
     )
     inputs = [one.detach().requires_grad_(want) for one, want in zip((hidden, weight), wanted, strict=True)]
-    loss = loss_of(*logprobs_and_entropy(*inputs, targets), ("logprobs",))
+    loss = loss_of(*logprobs_and_entropy(*inputs, targets), parts=PARTS[0])
     assert loss.requires_grad == any(wanted)
     if loss.requires_grad:
         loss.backward()
@@ -93,12 +104,12 @@ def test_bfloat16_is_close_and_no_worse_than_full_logits():
     exact = [one.detach().double().requires_grad_() for one in inputs]
     both = ("logprobs", "entropy")
     expected = naive_logprobs_and_entropy(*exact, targets)
-    expected += torch.autograd.grad(loss_of(*expected, both), exact)
+    expected += torch.autograd.grad(loss_of(*expected, parts=both), exact)
     errors = []
     for function in (logprobs_and_entropy, naive_logprobs_and_entropy):
         results = function(*inputs, targets)
         assert results[0].dtype == results[1].dtype == torch.float32
-        results += torch.autograd.grad(loss_of(*results, both), inputs)
+        results += torch.autograd.grad(loss_of(*results, parts=both), inputs)
         errors.append([distance(one, other) for one, other in zip(results, expected, strict=True)])
     assert max(errors[0]) < 2e-2
     assert all(ours < 1.1 * theirs for ours, theirs in zip(*errors, strict=True))
@@ -112,12 +123,12 @@ def test_autocast_gives_float32_master_weights_an_unrounded_gradient():
     hidden, weight, targets = problem(100, torch.float32, vocabulary=500, hidden=32)
     with torch.autocast("cpu", torch.bfloat16):
         results = logprobs_and_entropy(hidden, weight, targets)
-    loss_of(*results, ("logprobs",)).backward()
+    loss_of(*results, parts=PARTS[0]).backward()
     halves = [one.detach().bfloat16() for one in (hidden, weight)]
     torch.testing.assert_close(results, logprobs_and_entropy(*halves, targets), rtol=0, atol=0)
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
     exact = problem(100, torch.float64, vocabulary=500, hidden=32)
-    expected = torch.autograd.grad(loss_of(*naive_logprobs_and_entropy(*exact), ("logprobs",)), exact[:2])
+    expected = torch.autograd.grad(loss_of(*naive_logprobs_and_entropy(*exact), parts=PARTS[0]), exact[:2])
     assert distance(hidden.grad, expected[0]) < 2e-2 and distance(weight.grad, expected[1]) < 2e-2
 
 
@@ -138,7 +149,7 @@ def test_micro_batches_add_up(small_steps, pieces):
 def test_extreme_logits_stay_finite():
     hidden, weight, targets = problem(5, torch.float32)
     results = logprobs_and_entropy(hidden * 1e4, weight, targets)
-    loss_of(*results, ("logprobs", "entropy")).backward()
+    loss_of(*results, parts=NAMES[:2]).backward()
     assert all(one.isfinite().all() for one in (*results, hidden.grad, weight.grad))
     assert (results[1] >= 0).all()
 
@@ -180,7 +191,7 @@ class LargestTensor(TorchDispatchMode):
 def test_no_tensor_is_larger_than_a_chunk():
     hidden, weight, targets = problem(2000, torch.float32, vocabulary=400, hidden=8)
     with LargestTensor() as seen:
-        loss_of(*logprobs_and_entropy(hidden, weight, targets), ("logprobs", "entropy")).backward()
+        loss_of(*logprobs_and_entropy(hidden, weight, targets), parts=NAMES[:2]).backward()
     assert seen.largest == head.CHUNK_ROWS * 400
 
 

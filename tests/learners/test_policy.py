@@ -37,7 +37,7 @@ def plain(
     """Every stream alone through a plain Hugging Face model with the same numbers, and its parameters."""
     model = AutoModelForCausalLM.from_pretrained(policy.settings.path, dtype=policy.dtype)
     model.load_state_dict(policy.lm.state_dict())
-    logprobs, entropies, values, bootstrap = [], [], [], []
+    logprobs, entropies, normalizers, values, bootstrap = [], [], [], [], []
     for trajectory in trajectories:
         for stream in trajectory.streams:
             at = torch.from_numpy(np.flatnonzero(stream.trained_T))
@@ -45,21 +45,24 @@ def plain(
                 continue
             tokens = torch.from_numpy(stream.token_ids_T.astype(np.int64))
             hidden = model.model(input_ids=tokens[None]).last_hidden_state[0]
-            logs = torch.log_softmax(model.lm_head(hidden[at - 1]).float() / temperature, -1)
+            logits = model.lm_head(hidden[at - 1]).float() / temperature
+            logs = torch.log_softmax(logits, -1)
+            normalizers.append(logits.logsumexp(-1))
             logprobs.append(logs[torch.arange(len(at)), tokens[at]])
             entropies.append(-(logs.exp() * logs).sum(-1))
             values.append(policy.value_head(hidden[at - 1].float()).squeeze(-1))
             end = policy.value_head(hidden[-1:].float()).detach().reshape(())
         cut = on_length == "bootstrap" and trajectory.turns[-1].finish_reason == "length"
         bootstrap.append(end if trajectory.truncated or cut else torch.zeros(()))
-    outputs = Outputs(torch.cat(logprobs), torch.cat(entropies), torch.cat(values), torch.stack(bootstrap))
+    columns = (torch.cat(column) for column in (logprobs, entropies, normalizers, values))
+    outputs = Outputs(*columns, torch.stack(bootstrap))
     return outputs, dict(model.named_parameters())
 
 
 def gradients(outputs: Outputs, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of a mean in which every number has a weight of its own; the same weights for the same shapes."""
     generator = torch.Generator().manual_seed(5)
-    columns = (outputs.logprobs_N, outputs.entropy_N, outputs.values_N)
+    columns = (outputs.logprobs_N, outputs.entropy_N, outputs.normalizers_N, outputs.values_N)
     loss = sum((torch.randn(len(c), generator=generator) * c).mean() for c in columns)
     return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
@@ -163,6 +166,23 @@ def test_score_values_are_the_forward_pass_without_the_head(tiny_fp32):
     assert torch.equal(values_N, outputs.values_N)
     assert torch.equal(bootstrap_E, outputs.bootstrap_E)
     assert not bootstrap_E.requires_grad
+
+
+def test_a_separate_critic_sees_through_a_trunk_of_its_own(tiny_fp32):
+    policy, batch = make_policy(tiny_fp32, critic="separate"), collate(random_episodes(7), "bootstrap")
+    shared = make_policy(tiny_fp32)(batch)
+    ours = policy(batch)
+    assert_close(ours.values_N, shared.values_N)  # It starts from the same weights ...
+    assert_close(ours.bootstrap_E, shared.bootstrap_E)
+    assert_close(ours.logprobs_N, shared.logprobs_N)
+    assert torch.equal(policy.score_values(batch)[0], ours.values_N)
+    ours.values_N.square().sum().backward()  # ... and what it learns leaves the policy alone, and the other way round.
+    assert all(p.grad is None for p in policy.lm.parameters())
+    assert all(p.grad is not None for p in policy.value_trunk.parameters())
+    policy.zero_grad()
+    policy(batch).logprobs_N.sum().backward()
+    assert all(p.grad is None for p in policy.value_trunk.parameters())
+    assert not any("value" in name for name, _ in policy.published())
 
 
 def test_without_trunk_gradient_only_the_value_head_learns(tiny_fp32):

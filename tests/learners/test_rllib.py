@@ -15,10 +15,11 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 
 from rollcast_learners.arena import open_tensors
 from rollcast_learners.batch import Batch, collate, nbytes
+from rollcast_learners.learner import PolicyLearner, StepResult, one_learner
+from rollcast_learners.optimizer import Reduce
 from rollcast_learners.policy import Policy, PolicySettings
-from rollcast_learners.ppo import PPOLearner, StepResult
 from rollcast_learners.rllib import PACKED, Learners, LearnerSpec, LMLearner, LMModule, _take_result, opaque, wrap
-from rollcast_learners.settings import KLSettings, LearnerSettings
+from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
 from rollcast_learners.types import Weights
 from trajectories import answer, random_episodes
 
@@ -29,10 +30,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:ray.*")
 NAN = float("nan")
 
 
-def make_spec(folder: str, dtype: str = "float32", kl: KLSettings | None = None, **settings: Any) -> LearnerSpec:
+def make_spec(
+    folder: str, dtype: str = "float32", kl: KLSettings | None = None, correction: str = "none", **settings: Any
+) -> LearnerSpec:
     learner = LearnerSettings(**{"num_learners": 0, "grad_clip": 10.0} | settings)
     policy = PolicySettings(folder, dtype, learner.critic)
-    return LearnerSpec(policy, learner, kl or KLSettings(), temperature=0.9, total_steps=20, seed=3)
+    others = kl or KLSettings(), CorrectionSettings(correction=correction)
+    return LearnerSpec(policy, learner, *others, temperature=0.9, total_steps=20, answer_tokens=6, seed=3)
 
 
 def batch_of(seed: int, groups: int = 5) -> Batch:
@@ -44,36 +48,38 @@ def one_group(seed: int) -> Batch:
     return batch_of(seed, groups=1)
 
 
-def alone(spec: LearnerSpec) -> PPOLearner:
+def alone(spec: LearnerSpec, reduce: Reduce = one_learner) -> PolicyLearner:
     """The same learner without RLlib."""
     reference = Policy(spec.policy).requires_grad_(False) if spec.kl.kind != "none" else None
-    return PPOLearner(
+    return PolicyLearner(
         Policy(spec.policy),
         spec.learner,
         spec.kl,
+        spec.correction,
         temperature=spec.temperature,
         total_steps=spec.total_steps,
+        answer_tokens=spec.answer_tokens,
         seed=spec.seed,
         reference=reference,
+        reduce=reduce,
     )
 
 
 def start_again(learner: LMLearner, spec: LearnerSpec) -> None:
     """A fresh learner with other settings in the process there is: starting one takes 15 seconds."""
-    learner.ppo = alone(spec)
-    learner.ppo.reduce = learner._sum_over_learners
+    learner.core = alone(spec, learner._sum_over_learners)
     if learner.arena is not None:
         learner.arena.close()
         learner.arena = None
 
 
 def tensors_of(learner: LMLearner) -> dict[str, np.ndarray]:
-    tensors = {name: p.detach().float().numpy() for name, p in learner.ppo.policy.named_parameters()}
-    return tensors | {f"master/{i}": m.detach().numpy() for i, m in enumerate(learner.ppo.optimizer.masters)}
+    tensors = {name: p.detach().float().numpy() for name, p in learner.core.policy.named_parameters()}
+    return tensors | {f"master/{i}": m.detach().numpy() for i, m in enumerate(learner.core.optimizer.masters)}
 
 
 def gradients_of(learner: LMLearner) -> list[np.ndarray]:
-    return [grad.numpy() for grad in learner.ppo.optimizer.grads]
+    return [grad.numpy() for grad in learner.core.optimizer.grads]
 
 
 def published(learners: Learners, folder: Path, version: int) -> dict[str, torch.Tensor]:
@@ -171,7 +177,7 @@ def test_bfloat16_publishes_what_it_holds(local, tiny_bf16, tmp_path):
     learners = local("bfloat16", tiny_bf16)
     learners.step(batch_of(3))
     sent = published(learners, tmp_path / "weights", 1)
-    policy = learners.group._learner.ppo.policy
+    policy = learners.group._learner.core.policy
     assert sent.keys() == dict(policy.published()).keys()
     for name, tensor in policy.published():
         assert sent[name].dtype == torch.bfloat16
@@ -185,7 +191,7 @@ def test_the_probe_is_the_policys_opinion(local):
     learners = local()
     tokens = np.random.default_rng(0).integers(0, 250, (3, 12)).astype(np.int32)
     probe = learners.probe(tokens)
-    policy = learners.group._learner.ppo.policy
+    policy = learners.group._learner.core.policy
     same = [policy(collate([answer(row[:1], row[1:])]), 1.0).logprobs_N for row in tokens.tolist()]
     np.testing.assert_allclose(probe.logprobs_RL, torch.stack(same).detach().numpy(), atol=1e-5)
 
@@ -219,6 +225,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "group": {"critic": "none", "normalize_advantages": "group"},
     "all terms": {"entropy_coef": 0.01, "value_clip": 0.1, "reward_clip": 0.5, "critic_warmup_steps": 1},
     "kl": {"kl": KLSettings(kind="k3", coef=0.1, applied_as="loss")},
+    "rloo, corrected": {"algorithm": "rloo", "correction": "sequence_tis"},
+    "gspo, answers": {"algorithm": "gspo", "minibatches": 2},
+    "soft q": {"algorithm": "soft_q", "kl": KLSettings(kind="k1", coef=0.1)},
+    "separate critic": {"critic": "separate", "epochs": 2},
 }
 
 
@@ -261,7 +271,7 @@ def test_bfloat16_replicas_stay_equal(pair, tiny_bf16):
 
 def spoil(learner: LMLearner, rank_spoils: bool) -> None:
     if rank_spoils and torch.distributed.get_rank() == 1:
-        weight = learner.ppo.policy.lm.model.layers[0].mlp.up_proj.weight
+        weight = learner.core.policy.lm.model.layers[0].mlp.up_proj.weight
         learner.hook = weight.register_hook(lambda grad: grad * NAN)
 
 
@@ -286,7 +296,7 @@ def test_a_bad_number_on_one_learner_is_skipped_on_both(where, pair, tiny_fp32):
     result = pair.step(batch)
     pair._each(heal)
     assert result.metrics["guard/skipped_steps"] == 1
-    assert pair._each(lambda learner: learner.ppo.guard.skipped) == [1, 1]
+    assert pair._each(lambda learner: learner.core.guard.skipped) == [1, 1]
     for old, new in zip(before, pair._each(tensors_of), strict=True):
         assert all(np.array_equal(old[name], new[name]) for name in old)
     assert pair.step(batch_of(8)).metrics["guard/skipped_steps"] == 1

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rollcast_learners import state
 from rollcast_learners.batch import Batch, collate
+from rollcast_learners.learner import PolicyLearner
 from rollcast_learners.policy import Policy, PolicySettings
-from rollcast_learners.ppo import PPOLearner
 from rollcast_learners.settings import KLSettings, LearnerSettings
 from tiny_model import write_tiny_model
 from trajectories import random_episodes
@@ -20,18 +20,18 @@ from trajectories import random_episodes
 FILES = {"policy.safetensors", "critic.safetensors", "optimizer.safetensors", "learner.json"}
 
 
-def make_learner(folder: str, dtype: str = "float32", **settings: Any) -> PPOLearner:
+def make_learner(folder: str, dtype: str = "float32", **settings: Any) -> PolicyLearner:
     defaults = {"learning_rate": 1e-3, "minibatches": 2, "epochs": 2, "lr_schedule": "linear", "weight_decay": 0.1}
     learner_settings = LearnerSettings(**(defaults | settings))
     policy = Policy(PolicySettings(folder, dtype=dtype, critic=learner_settings.critic))
-    return PPOLearner(policy, learner_settings, KLSettings(), temperature=0.8, total_steps=20, seed=5)
+    return PolicyLearner(policy, learner_settings, KLSettings(), temperature=0.8, total_steps=20, seed=5)
 
 
 def batches(count: int) -> list[Batch]:
     return [collate(random_episodes(seed, groups=3, samples=3)) for seed in range(count)]
 
 
-def everything(learner: PPOLearner) -> dict[str, Tensor]:
+def everything(learner: PolicyLearner) -> dict[str, Tensor]:
     """Policy, masters and moments."""
     optimizer = learner.optimizer
     tensors = {f"policy/{name}": p.detach() for name, p in learner.policy.named_parameters()}
@@ -41,7 +41,7 @@ def everything(learner: PPOLearner) -> dict[str, Tensor]:
     return tensors
 
 
-def assert_same_bits(left: PPOLearner, right: PPOLearner) -> None:
+def assert_same_bits(left: PolicyLearner, right: PolicyLearner) -> None:
     ours, theirs = everything(left), everything(right)
     assert ours.keys() == theirs.keys()
     different = [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
@@ -49,7 +49,7 @@ def assert_same_bits(left: PPOLearner, right: PPOLearner) -> None:
 
 
 @pytest.fixture(params=["float32", "bfloat16"])
-def make(request, tiny_fp32, tiny_bf16) -> Callable[..., PPOLearner]:
+def make(request, tiny_fp32, tiny_bf16) -> Callable[..., PolicyLearner]:
     folder = {"float32": tiny_fp32, "bfloat16": tiny_bf16}[request.param]
     return lambda **settings: make_learner(folder, request.param, **settings)
 

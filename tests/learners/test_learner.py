@@ -15,12 +15,13 @@ from torch.testing import assert_close
 
 from rollcast_learners import attention
 from rollcast_learners.advantages import moments, whiten
+from rollcast_learners.algorithms import ALGORITHMS
 from rollcast_learners.batch import Batch, collate
+from rollcast_learners.learner import PolicyLearner
 from rollcast_learners.losses import kl
 from rollcast_learners.optimizer import rate_factor
 from rollcast_learners.policy import Policy, PolicySettings
-from rollcast_learners.ppo import PPOLearner
-from rollcast_learners.settings import KLSettings, LearnerSettings
+from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
 from rollcast_learners.types import Trajectory
 from trajectories import answer, episode, random_episodes
 
@@ -37,10 +38,14 @@ def models(tiny_fp32) -> dict[str, Policy]:
 
 
 @pytest.fixture
-def build(models) -> Callable[..., PPOLearner]:
+def build(models) -> Callable[..., PolicyLearner]:
     def builder(
-        critic: str = "head", kl_settings: KLSettings | None = None, value: float = 0.0, **settings: Any
-    ) -> PPOLearner:
+        critic: str = "head",
+        kl_settings: KLSettings | None = None,
+        value: float = 0.0,
+        correction: CorrectionSettings | None = None,
+        **settings: Any,
+    ) -> PolicyLearner:
         policy = copy.deepcopy(models[critic])
         with torch.no_grad():  # A critic that already says something, where `value` is not 0.
             policy.value_head.weight.copy_(value * torch.sin(torch.arange(policy.value_head.in_features)))
@@ -49,19 +54,21 @@ def build(models) -> Callable[..., PPOLearner]:
             reference = copy.deepcopy(models[critic]).requires_grad_(False)
             with torch.no_grad():
                 reference.lm.model.layers[0].mlp.down_proj.weight.mul_(-1)
-        return PPOLearner(
+        return PolicyLearner(
             policy,
             LearnerSettings(critic=critic, **settings),
             kl_settings or KLSettings(),
+            correction,
             temperature=1.0,
             total_steps=10,
+            answer_tokens=6,
             reference=reference,
         )
 
     return builder
 
 
-def parameters(learner: PPOLearner) -> dict[str, Tensor]:
+def parameters(learner: PolicyLearner) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in learner.policy.named_parameters()}
 
 
@@ -80,12 +87,14 @@ def assert_same_gradient(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> 
         assert_close(ours[name], grad, rtol=0, atol=1e-5 * largest, msg=lambda m, n=name: f"gradient of {n}: {m}")
 
 
-def gradient(learner: PPOLearner) -> dict[str, Tensor]:
+def gradient(learner: PolicyLearner) -> dict[str, Tensor]:
     """What the last optimiser step was made from."""
     return {n: g.clone() for n, g in zip(learner.optimizer.names, learner.optimizer.grads, strict=True)}
 
 
-def check_same_step(one: PPOLearner, other: PPOLearner, metrics: dict[str, float], more: dict[str, float]) -> None:
+def check_same_step(
+    one: PolicyLearner, other: PolicyLearner, metrics: dict[str, float], more: dict[str, float]
+) -> None:
     assert metrics.keys() == more.keys()
     for name in metrics:
         assert metrics[name] == pytest.approx(more[name], rel=1e-5, abs=1e-5), name
@@ -108,6 +117,20 @@ def test_microbatches_change_nothing(critic, normalize, budget, build):
     batch = collate(BATCH, "bootstrap")
     assert len(batch.microbatches(budget)) > 1
     check_same_step(whole, parts, whole.step(batch).metrics, parts.step(batch).metrics)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_microbatches_change_nothing_whatever_the_algorithm(name, build):
+    critic = ALGORITHMS[name].presets.get("critic", "head")
+    kl_settings = KLSettings(kind="k1", coef=0.1) if name == "soft_q" else None
+    correction = None if name == "soft_q" else CorrectionSettings(correction="sequence_tis")
+    settings = {"critic": critic, "algorithm": name, "kl_settings": kl_settings, "correction": correction}
+    whole = build(**settings, value=0.1, grad_clip=NO_CLIP)
+    parts = build(**settings, value=0.1, grad_clip=NO_CLIP, microbatch_tokens=25)
+    batch = collate(BATCH, "mask")
+    assert 0 < batch.trained_episodes < batch.episodes and len(batch.microbatches(25)) > 1
+    check_same_step(whole, parts, whole.step(batch).metrics, parts.step(batch).metrics)
+    assert not torch.equal(gradient(whole)["lm.model.norm.weight"], torch.zeros(64))
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
@@ -328,6 +351,31 @@ def test_the_reference_stays_as_it_was(build):
     assert all(p.grad is None for p in learner.reference.parameters())
 
 
+@pytest.mark.parametrize(("target", "grows"), [(1e-6, True), (1e3, False)])
+def test_an_adaptive_weight_follows_the_divergence(target, grows, build):
+    learner = build("none", KLSettings(kind="k3", coef=0.1, applied_as="loss", target=target, horizon=160))
+    metrics = learner.step(collate(BATCH)).metrics
+    change = 1 + 0.2 * len(BATCH) / 160 if grows else 1 - 0.2 * len(BATCH) / 160
+    assert metrics["kl/coef"] == 0.1 and learner.kl_coef == pytest.approx(0.1 * change)
+    assert "kl/coef" not in build("none", KLSettings(kind="k3", coef=0.1)).step(collate(BATCH)).metrics
+
+
+@pytest.mark.parametrize("epochs", [1, 2], ids=["one pass", "a pass of its own"])
+def test_a_correction_measures_ratios_from_the_step_s_beginning(epochs, build):
+    correction = CorrectionSettings(correction="token_tis", correction_high=1.5)
+    learner = build("none", correction=correction, algorithm="grpo", epochs=epochs, grad_clip=NO_CLIP)
+    batch = collate(BATCH)
+    proximal = copy.deepcopy(learner.policy)(batch).logprobs_N.detach()
+    scored = learner._score(batch, torch.from_numpy(batch.rewards_N))
+    assert_close(scored.old_logprobs_N, proximal)
+    ratio = (proximal - torch.from_numpy(batch.old_logprobs_N)).exp().clamp(max=1.5)
+    lengths = torch.from_numpy(batch.episode_length_E).long()
+    assert_close(scored.weights_N, ratio / lengths.repeat_interleave(lengths))
+    share = (ratio.sum() ** 2 / (len(ratio) * ratio.square().sum())).item()
+    assert learner.step(batch).metrics["correction/effective_share"] == pytest.approx(share, rel=1e-4)
+    assert "correction/effective_share" not in build("none").step(batch).metrics
+
+
 def test_no_reference_no_kl_figure(build):
     assert "kl/reference" not in build().step(collate(BATCH)).metrics
 
@@ -413,17 +461,17 @@ def replaced(batch: Batch, column: str, value: float, at: int = 1) -> Batch:
     return dataclasses.replace(batch, **{column: values})
 
 
-def spoil_weight(learner: PPOLearner, value: float) -> None:
+def spoil_weight(learner: PolicyLearner, value: float) -> None:
     with torch.no_grad():
         learner.policy.lm.model.layers[1].mlp.up_proj.weight[3, 4] = value
 
 
-def spoil_value(learner: PPOLearner, value: float) -> None:
+def spoil_value(learner: PolicyLearner, value: float) -> None:
     with torch.no_grad():
         learner.policy.value_head.bias.fill_(value)
 
 
-def spoil_gradient(learner: PPOLearner, value: float) -> None:
+def spoil_gradient(learner: PolicyLearner, value: float) -> None:
     weight = learner.policy.lm.model.layers[0].self_attn.q_proj.weight
     weight.register_hook(lambda grad: grad.clone().index_fill_(0, torch.tensor([2]), value))
 
@@ -591,7 +639,7 @@ def draw(policy: Policy, prompts: list[list[int]], length: int, generator: torch
 
 
 @torch.no_grad()
-def play(learner: PPOLearner, generator: torch.Generator, samples: int = 96) -> list[Trajectory]:
+def play(learner: PolicyLearner, generator: torch.Generator, samples: int = 96) -> list[Trajectory]:
     """Two questions; each has one token that is worth something, and a reward is the share of such tokens."""
     trajectories = []
     for group, (prompt, good) in enumerate([([10, 11, 12], 77), ([20, 21, 22], 99)]):

@@ -1,0 +1,202 @@
+"""What the losses of a step compare against: values, advantages, and log-probabilities of policies that stand still.
+
+Owns: the passes that score a batch before anything is learned from it, and the way from rewards to advantages. Does not
+know losses, optimisers, or what a reward means. `docs/algorithms/` says which algorithm uses which of it.
+
+Legend: E episodes, N trained tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rollcast_learners import correction
+from rollcast_learners.advantages import centre, gae, group_advantages, leave_one_out, moments, whiten
+from rollcast_learners.algorithms import ALGORITHMS, OVER_GROUPS
+from rollcast_learners.batch import Batch
+from rollcast_learners.losses import kl
+from rollcast_learners.optimizer import Reduce
+from rollcast_learners.policy import Outputs, Policy
+from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
+
+Part = tuple[Batch, NDArray[np.intp], Tensor]
+"""A micro-batch, its episodes, and its places in the N columns."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """For all trained tokens of a batch, fixed for the whole step. Scorer -> learner."""
+
+    values_N: Tensor
+    returns_N: Tensor
+    advantages_N: Tensor
+    rewards_N: Tensor
+    """Clipped, and less the divergence where that is a reward."""
+    old_logprobs_N: Tensor
+    """What ratios are measured from: the sampler's own, or with a correction the policy's as the step began."""
+    weights_N: Tensor | None
+    """What each token's terms are multiplied with; None where that is 1 throughout."""
+    reference: "ReferenceScores | None"
+    outputs: Outputs | None
+    """The forward pass that scored the batch, with its graph, when the one optimiser step can use it."""
+    effective_share: float | None
+    """Effective sample size over tokens, where there is a correction."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceScores:
+    """Of the frozen policy the run started from."""
+
+    logprobs_N: Tensor
+    normalizers_N: Tensor
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores batches with one policy and its reference. `answer_tokens` is the longest answer of one turn."""
+
+    policy: Policy
+    reference: Policy | None
+    settings: LearnerSettings
+    kl: KLSettings
+    correction: CorrectionSettings
+    temperature: float
+    answer_tokens: int
+    reduce: Reduce
+
+    @property
+    def kl_applied_as(self) -> Literal["reward", "loss"] | None:
+        """Where the divergence enters; nowhere for an algorithm whose own loss is measured from the reference."""
+        return None if ALGORITHMS[self.settings.algorithm].needs_reference else self.kl.applied_as
+
+    def score(self, batch: Batch, rewards_N: Tensor, kl_coef: float, outputs: Outputs | None) -> Scored:
+        """Everything under the policy as it is now. `outputs` are of its forward pass over the whole batch, if made."""
+        device = self.policy.device
+        values_N, bootstrap_E, proximal_N = self._policy_scores(batch, outputs)
+        reference = self._reference_scores(batch)
+        behaviour_N = torch.from_numpy(batch.old_logprobs_N.copy())
+        if reference is not None and self.kl_applied_as == "reward":
+            rewards_N = rewards_N - kl_coef * kl(self.kl.kind, behaviour_N, reference.logprobs_N.cpu())
+        advantages_N, returns_N = self._advantages(batch, rewards_N, values_N.cpu(), bootstrap_E.cpu())
+        behaviour_N = behaviour_N.to(device)
+        weights_N, effective_share = self._weights(batch, proximal_N, behaviour_N)
+        return Scored(
+            values_N=values_N,
+            returns_N=returns_N.to(device),
+            advantages_N=self._normalized(batch, advantages_N).to(device),
+            rewards_N=rewards_N.to(device),
+            old_logprobs_N=behaviour_N if proximal_N is None else proximal_N,
+            weights_N=weights_N,
+            reference=reference,
+            outputs=outputs,
+            effective_share=effective_share,
+        )
+
+    def parts(self, batch: Batch) -> Iterator[Part]:
+        """The micro-batches of a batch."""
+        for episodes in batch.microbatches(self.settings.microbatch_tokens):
+            yield batch.select(episodes), episodes, torch.from_numpy(batch.trained_of(episodes))
+
+    def loss_weights(self, batch: Batch) -> Tensor | None:
+        """What makes a sum over tokens, divided by tokens or answers, the mean that `loss_mean` names."""
+        if self.settings.loss_mean == "tokens":
+            return None
+        if self.settings.loss_mean == "constant":
+            return torch.full((len(batch.target_N),), 1 / self.answer_tokens, device=self.policy.device)
+        answer_N = np.repeat(np.arange(batch.episodes), batch.episode_length_E)
+        counts_E = np.bincount(answer_N, batch.loss_mask_N, batch.episodes).clip(min=1)
+        return torch.from_numpy((1 / counts_E)[answer_N].astype(np.float32)).to(self.policy.device)
+
+    def counted(self, batch: Batch) -> int:
+        """What the loss is a mean over in this batch: trained tokens, or answers that have any."""
+        return batch.trained_tokens if self.settings.loss_mean == "tokens" else batch.trained_episodes
+
+    def _policy_scores(self, batch: Batch, outputs: Outputs | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values, values after truncated ends, and with a correction the proximal log-probabilities."""
+        corrected = self.correction.correction != "none"
+        if outputs is not None:
+            proximal_N = outputs.logprobs_N.detach() if corrected else None
+            return outputs.values_N.detach(), outputs.bootstrap_E, proximal_N
+        device, tokens = self.policy.device, len(batch.target_N)
+        values_N, proximal_N = torch.zeros(tokens, device=device), torch.zeros(tokens, device=device)
+        bootstrap_E = torch.zeros(batch.episodes, device=device)
+        for part, episodes, trained in self.parts(batch) if corrected or self.policy.has_values else ():
+            with torch.no_grad():
+                if corrected:
+                    found = self.policy(part, self.temperature)
+                    proximal_N[trained], values_N[trained] = found.logprobs_N, found.values_N
+                    bootstrap_E[episodes] = found.bootstrap_E
+                else:
+                    values_N[trained], bootstrap_E[episodes] = self.policy.score_values(part)
+        return values_N, bootstrap_E, proximal_N if corrected else None
+
+    def _reference_scores(self, batch: Batch) -> ReferenceScores | None:
+        if self.reference is None:
+            return None
+        logprobs_N, normalizers_N = (torch.zeros(len(batch.target_N), device=self.policy.device) for _ in range(2))
+        for part, _, trained in self.parts(batch):
+            with torch.no_grad():
+                found = self.reference(part, self.temperature)
+                logprobs_N[trained], normalizers_N[trained] = found.logprobs_N, found.normalizers_N
+        return ReferenceScores(logprobs_N, normalizers_N)
+
+    def _weights(
+        self, batch: Batch, proximal_N: Tensor | None, behaviour_N: Tensor
+    ) -> tuple[Tensor | None, float | None]:
+        loss_weights_N = self.loss_weights(batch)
+        if proximal_N is None:
+            return loss_weights_N, None
+        mask_N = torch.from_numpy(batch.loss_mask_N.copy()).to(proximal_N.device)
+        lengths_E = torch.from_numpy(batch.episode_length_E.astype(np.int64)).to(proximal_N.device)
+        settings = self.correction
+        columns = proximal_N, behaviour_N, mask_N, lengths_E
+        weights_N = correction.weights(settings.correction, *columns, settings.correction_low, settings.correction_high)
+        moments_3 = correction.effective_moments(weights_N, mask_N)
+        self.reduce(moments_3)
+        share = correction.effective_share(moments_3)
+        return weights_N if loss_weights_N is None else weights_N * loss_weights_N, share
+
+    def _advantages(
+        self, batch: Batch, rewards_N: Tensor, values_N: Tensor, bootstrap_E: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if not batch.episodes:
+            return rewards_N, rewards_N
+        lengths = batch.episode_length_E.tolist()
+        pairs = [
+            gae(rewards_T, values_T, bootstrap, self.settings.gamma, self.settings.lam)
+            for rewards_T, values_T, bootstrap in zip(
+                rewards_N.split_with_sizes(lengths),
+                values_N.split_with_sizes(lengths),
+                bootstrap_E.tolist(),
+                strict=True,
+            )
+        ]
+        return torch.cat([a for a, _ in pairs]), torch.cat([r for _, r in pairs])
+
+    def _normalized(self, batch: Batch, advantages_N: Tensor) -> Tensor:
+        kind = self.settings.normalize_advantages
+        if kind in OVER_GROUPS:
+            advantages_N = self._over_groups(batch, advantages_N)
+        if kind in ("batch", "batch_mean", "group_then_batch"):
+            moments_3 = moments(advantages_N[torch.from_numpy(batch.loss_mask_N.copy())])
+            self.reduce(moments_3)
+            advantages_N = (centre if kind == "batch_mean" else whiten)(advantages_N, moments_3)
+        return advantages_N
+
+    def _over_groups(self, batch: Batch, advantages_N: Tensor) -> Tensor:
+        # Each episode counts once, however long: with one reward an episode this is the advantage of the papers.
+        lengths_E = torch.from_numpy(batch.episode_length_E.astype(np.int64))
+        group_E = torch.from_numpy(batch.group_E.astype(np.int64))
+        answer_N = torch.repeat_interleave(torch.arange(batch.episodes), lengths_E)
+        share_N = 1.0 / lengths_E[answer_N].to(torch.float64)
+        if self.settings.normalize_advantages == "leave_one_out":
+            zeros_E = torch.zeros(batch.episodes, dtype=torch.float64)
+            baseline_E = leave_one_out(zeros_E.index_add(0, answer_N, advantages_N * share_N), group_E)
+            return (advantages_N - baseline_E[answer_N]).to(advantages_N.dtype)
+        scale = self.settings.normalize_advantages == "group"
+        return group_advantages(advantages_N, group_E[answer_N], share_N, scale=scale)
