@@ -3,8 +3,8 @@
     python benchmarks/learner.py [--pairs 5] [--only memory|speed] [--write]
 
 Memory: the peak of a fresh process (VmHWM) that makes two steps on 2,048 rows at V = 49,152, all of them trained:
-as we do it, with a head that builds the logits in the otherwise same learner (with and without a gradient through the
-entropy), and as a plain step.
+as we do it, the same with activation checkpointing, with a head that builds the logits in the otherwise same learner,
+and as a plain step.
 
 Speed: useful tokens a second, prompt and answer tokens of all samples, however they are stored. Ours and a plain step
 (padded batch, full logits, autocast to bf16 over fp32 weights, AdamW) take turns on the same samples in one process,
@@ -64,13 +64,13 @@ def measure(model: str, pairs: int, only: str | None) -> dict[str, Any]:
         "load_average_before": os.getloadavg()[0],
     }
     if only != "speed":
-        kinds = ("ours", "naive", "naive_no_entropy_gradient", "plain")
+        kinds = (*SIDES, "plain")
         peaks = {kind: child(f"memory-{kind}", model, pairs)["peak_mib"] for kind in kinds}
         figures["memory"] = {
             "rows": MEMORY_ROWS,
             "peak_mib": peaks,
             "ours_over_naive_head": round(peaks["ours"] / peaks["naive"], 3),
-            "ours_over_naive_head_no_entropy_gradient": round(peaks["ours"] / peaks["naive_no_entropy_gradient"], 3),
+            "ours_checkpointed_over_naive_head": round(peaks["ours_checkpointed"] / peaks["naive"], 3),
             "ours_over_plain_step": round(peaks["ours"] / peaks["plain"], 3),
             "target_ours_over_naive_head": 0.75,
         }
@@ -123,12 +123,12 @@ def model_folder(model: str, spare: Path) -> str:
 # Both sides.
 
 
-def our_learner(model: str, dtype: str = "bfloat16") -> Any:
+def our_learner(model: str, dtype: str = "bfloat16", **settings: Any) -> Any:
     from rollcast_learners.learner import PolicyLearner
     from rollcast_learners.policy import Policy, PolicySettings
     from rollcast_learners.settings import KLSettings, LearnerSettings
 
-    policy = Policy(PolicySettings(model, dtype))  # type: ignore[arg-type]
+    policy = Policy(PolicySettings(model, dtype, **settings))  # type: ignore[arg-type]
     return PolicyLearner(policy, LearnerSettings(), KLSettings(), temperature=1.0, total_steps=1000)
 
 
@@ -245,12 +245,16 @@ def padded(trajectories: list[Any]) -> dict[str, Any]:
 # Memory.
 
 
+SIDES: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours_checkpointed": {"activation_checkpointing": True},
+    "naive": {"head": "naive"},
+}
+
+
 def measure_memory(kind: str, model: str) -> dict[str, Any]:
-    from rollcast_learners import policy
     from rollcast_learners.batch import collate
 
-    if kind in NAIVE_HEADS:
-        policy.logprobs_and_entropy = NAIVE_HEADS[kind]
     rng = np.random.default_rng(0)
     length = MEMORY_ROWS // MEMORY_ANSWERS
     trajectories = [
@@ -261,36 +265,12 @@ def measure_memory(kind: str, model: str) -> dict[str, Any]:
         plain, batch = PlainLearner(model), padded(trajectories)
         step: Callable[[], Any] = lambda: plain.step(batch)  # noqa: E731
     else:
-        learner, packed = our_learner(model), collate(trajectories)
+        learner, packed = our_learner(model, **SIDES[kind]), collate(trajectories)
         assert packed.tokens == packed.trained_tokens == MEMORY_ROWS
         step = lambda: learner.step(packed)  # noqa: E731
     step()
     step()
     return {"peak_mib": peak_mib()}
-
-
-def naive_head(hidden_TD: Any, weight_VD: Any, targets_T: Any, temperature: float = 1.0) -> tuple[Any, Any]:
-    """What our head does, with all logits at once: gradients through log-probabilities and entropy."""
-    import torch
-
-    logs_TV = torch.log_softmax((hidden_TD @ weight_VD.T).float() / temperature, -1)
-    entropy_T = -(logs_TV.exp() * logs_TV).sum(-1)
-    return logs_TV.gather(-1, targets_T[:, None]).squeeze(-1), entropy_T
-
-
-def naive_head_no_entropy_gradient(
-    hidden_TD: Any, weight_VD: Any, targets_T: Any, temperature: float = 1.0
-) -> tuple[Any, Any]:
-    """The cheaper naive way, for runs without an entropy bonus."""
-    import torch
-
-    logs_TV = torch.log_softmax((hidden_TD @ weight_VD.T).float() / temperature, -1)
-    with torch.no_grad():
-        entropy_T = -(logs_TV.exp() * logs_TV).sum(-1)
-    return logs_TV.gather(-1, targets_T[:, None]).squeeze(-1), entropy_T
-
-
-NAIVE_HEADS = {"naive": naive_head, "naive_no_entropy_gradient": naive_head_no_entropy_gradient}
 
 
 def peak_mib() -> int:

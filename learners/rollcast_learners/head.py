@@ -18,7 +18,7 @@ Legend for shapes: T tokens, V vocabulary, D hidden; C rows of a chunk, R rows o
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ TILE_ROWS = 256
 """Rows in float32 at a time: two tiles of 50 MB at V = 49,152, reused throughout."""
 VOCABULARY_BLOCK = 16384
 """Rows of the weight's gradient added at a time: adding bfloat16 to float32 first copies the block."""
+
+
+Backend = Literal["chunked", "naive"]
 
 
 class Scores(NamedTuple):
@@ -55,12 +58,26 @@ def logprobs_and_entropy(
     return found.logprobs_T, found.entropy_T
 
 
-def scores(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, temperature: float = 1.0) -> Scores:
-    """`logprobs_and_entropy`, and beside them the normaliser; differentiable once, through all three."""
+def scores(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, temperature: float = 1.0, backend: Backend = "chunked"
+) -> Scores:
+    """`logprobs_and_entropy`, and beside them the normaliser; differentiable once, through all three.
+
+    `naive` builds the logits of all rows at once: the yardstick.
+    """
     _check_arguments(hidden_TD, weight_VD, targets_T, temperature)
+    if backend == "naive":
+        return _naive(hidden_TD, weight_VD, targets_T.long(), temperature)
     arguments = hidden_TD, weight_VD, targets_T.long(), temperature, _product_dtype(hidden_TD)
     found = cast(tuple[Tensor, Tensor, Tensor], _ChunkedHead.apply(*arguments))  # type: ignore[no-untyped-call]
     return Scores(*found)
+
+
+def _naive(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, temperature: float) -> Scores:
+    logits_TV = (hidden_TD @ weight_VD.T).to(_reduction_dtype(hidden_TD.dtype)) / temperature
+    logprobs_TV = logits_TV.log_softmax(-1)
+    entropy_T = -(logprobs_TV.exp() * logprobs_TV).sum(-1)
+    return Scores(_picked(logprobs_TV, targets_T), entropy_T, logits_TV.logsumexp(-1))
 
 
 class _ChunkedHead(torch.autograd.Function):

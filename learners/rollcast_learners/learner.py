@@ -16,7 +16,7 @@ Legend: E episodes, N trained tokens.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from rollcast_learners.policy import Outputs, Policy
 from rollcast_learners.scoring import Scored, Scorer
 from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
 from rollcast_learners.sums import LOSS_MEANS, TOKEN_MEANS, StepSums
+from rollcast_learners.types import TokenDetails
 
 KL_STOP = 10.0
 """Nats of behaviour KL a token beyond which the rest of a step is skipped: the samples no longer fit."""
@@ -51,6 +52,8 @@ class StepResult:
 
     metrics: dict[str, float]
     diverged: str | None = None
+    details: tuple[TokenDetails, ...] = field(default=(), compare=False)
+    """Of each learner's share."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +120,7 @@ class PolicyLearner:
         rewards_N, clipped = clip_rewards(torch.from_numpy(batch.rewards_N.copy()), self.settings.reward_clip)
         sums = StepSums()
         scored = self._score(batch, rewards_N)
+        self._watched = Watched(len(batch.target_N), self.policy.device)
         diverged = None
         try:
             for episodes in self._minibatches(batch):
@@ -127,7 +131,7 @@ class PolicyLearner:
         metrics = self._metrics(sums, scored, batch, clipped)
         self._adapt_kl(metrics, batch.episodes_total)
         self.steps_done += 1
-        return StepResult(metrics, diverged)
+        return StepResult(metrics, diverged, (self._watched.details(batch, scored),))
 
     def _score(self, batch: Batch, rewards_N: Tensor) -> Scored:
         """What the losses compare against, under the policy as it is now."""
@@ -154,7 +158,9 @@ class PolicyLearner:
         parts = [(batch, episodes, slice(None))] if whole else self.scorer.parts(minibatch)
         for part, _, trained in parts:
             outputs = scored.outputs if scored.outputs is not None else self._forward(part)
-            loss = self._loss(part, outputs, scored, trained_of_minibatch[trained], local)
+            at = trained_of_minibatch[trained]
+            self._watched.see(outputs.logprobs_N, at)
+            loss = self._loss(part, outputs, scored, at, local)
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.accumulate(self.scorer.counted(part))
         norm, count = self.optimizer.reduce(self.reduce)
@@ -260,6 +266,32 @@ class PolicyLearner:
         self.reduce(returns_3)
         variance, left = _variance(returns_3), _variance(errors_3)
         return {"explained_variance": 1.0 - left / variance} if self.policy.has_values and variance else {}
+
+
+class Watched:
+    """The trained tokens of a step, as the passes see them: nothing is waited for until the step is over."""
+
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self._logprobs_N = torch.zeros(tokens, device=device)
+        self._push_N = torch.zeros(tokens, device=device)
+
+    def see(self, logprobs_N: Tensor, at: Tensor) -> None:
+        """One pass over the tokens at these places; its gradient is noted when it comes."""
+        self._logprobs_N[at] = logprobs_N.detach()
+        if logprobs_N.requires_grad:  # Not while only the critic learns.
+            logprobs_N.register_hook(self._note(at))  # type: ignore[no-untyped-call]
+
+    def _note(self, at: Tensor) -> Callable[[Tensor], None]:
+        def note(gradient_N: Tensor) -> None:
+            self._push_N.index_add_(0, at.to(gradient_N.device), -gradient_N)
+
+        return note
+
+    def details(self, batch: Batch, scored: Scored) -> TokenDetails:
+        columns = torch.stack(
+            [self._logprobs_N, scored.values_N, scored.advantages_N.to(scored.values_N), self._push_N]
+        )
+        return TokenDetails(batch.index_E, batch.episode_length_E, *columns.float().cpu().numpy())
 
 
 def weighted_mean(values_N: Tensor, mask_N: Tensor, weights_N: Tensor | None) -> Tensor:

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rollcast_learners import attention
 from rollcast_learners.batch import NO_ROW, Batch
-from rollcast_learners.head import logprobs_and_entropy, scores
+from rollcast_learners.head import Backend, logprobs_and_entropy, scores
 
 Critic = Literal["head", "separate", "none"]
 
@@ -34,6 +35,9 @@ class PolicySettings:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     critic: Critic = "head"
     trust_remote_code: bool = False
+    head: Backend = "chunked"
+    activation_checkpointing: bool = False
+    """Whether layers keep only their inputs, and are computed again for the backward pass."""
 
 
 class Outputs(NamedTuple):
@@ -76,6 +80,8 @@ class Policy(nn.Module):
             use_safetensors=True,
         )
         lm.config.use_cache = False
+        if self.settings.activation_checkpointing:
+            _keep_inputs_alone(lm, self.settings.path)
         return lm
 
     @property
@@ -115,7 +121,8 @@ class Policy(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and trunk_gradient):
             hidden_TD = self.hidden(batch)
             rows_ND = hidden_TD.index_select(0, self._tensor(batch.row_N))
-            found = scores(rows_ND, self.head_weight_VD, self._tensor(batch.target_N), temperature)
+            targets_N = self._tensor(batch.target_N)
+            found = scores(rows_ND, self.head_weight_VD, targets_N, temperature, self.settings.head)
         return Outputs(*found, *self._values(batch, hidden_TD))
 
     def score_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -171,6 +178,21 @@ class Policy(nn.Module):
 
     def _tensor(self, column: NDArray[np.int32]) -> Tensor:
         return torch.from_numpy(column.astype(np.int64)).to(self.device, non_blocking=True)
+
+
+def _keep_inputs_alone(lm: Any, path: str) -> None:
+    """Activation checkpointing (Chen et al. 2016, arXiv 1604.06174), a layer at a time. Changes no number.
+
+    Raises `ValueError` for a model whose layers do not know how.
+    """
+    layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"model {path!r} has no layers that can be computed again. Set learner.activation_checkpointing to false."
+        )
+    lm.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in layers:
+        layer.training = True  # transformers looks there; the layers' own parts stay in evaluation, without dropout.
 
 
 def _refuse_unknown_maths(config: Any, path: str) -> None:

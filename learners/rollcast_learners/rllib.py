@@ -107,7 +107,7 @@ class LMLearner(TorchLearner):
         policy: Policy = self.module[DEFAULT_MODULE_ID].policy
         reference = None
         if self.spec.kl.kind != "none":
-            frozen = dataclasses.replace(self.spec.policy, critic="none")
+            frozen = dataclasses.replace(self.spec.policy, critic="none", activation_checkpointing=False)
             reference = Policy(frozen).to(policy.device).requires_grad_(False)
         kind = SupervisedLearner if self.spec.supervised else PolicyLearner
         self.core = kind(
@@ -182,7 +182,8 @@ class Learners:
             self.group.update(batches=[wrap(share) for share in shares])
         else:
             self.group.update(batch=wrap(batch))
-        return self._each(_take_result)[0]
+        results = self._each(_take_result)
+        return dataclasses.replace(results[0], details=tuple(part for result in results for part in result.details))
 
     def publish(
         self, version: int, folder: str, retire: list[int], digest: bool = True

@@ -144,6 +144,27 @@ class Trajectory:
         return int(sum(int(stream.trained_T.sum()) for stream in self.streams))
 
 
+@dataclass(frozen=True, eq=False)
+class TokenDetails:
+    """What a learning step made of each trained token, in the order in which it was sampled. Learner -> rollouts.
+
+    The columns hold one episode after the other, `length_E` tokens each.
+    """
+
+    index_E: NDArray[np.int32]
+    """Position of each episode among those of the step."""
+    length_E: NDArray[np.int32]
+    logprobs_N: NDArray[np.float32]
+    """Under the policy as the step last saw the token, before the optimiser step that it was part of."""
+    values_N: NDArray[np.float32]
+    """The critic's, at the beginning of the step; 0 without one."""
+    advantages_N: NDArray[np.float32]
+    """Normalised."""
+    push_N: NDArray[np.float32]
+    """How much the loss falls with the token's log-probability: what pushed it up, or down where negative. Summed over
+    the passes of the step, and not yet divided by the step's count. 0 where a clip or a mask left the token out."""
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """Where one tensor lies: `nbytes` at byte `offset` of segment file `segment`. Arena -> reader."""

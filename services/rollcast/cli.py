@@ -228,16 +228,31 @@ def rollouts(
     follow: Annotated[
         bool, typer.Option("--follow", help="Go on with each step as it comes, until the run ends.")
     ] = False,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Token by token: log-probabilities, value, advantage, and what it learned.")
+    ] = False,
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="With --tokens: write a page for the browser instead.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line (docs/files.md).")] = False,
 ) -> None:
     """What was played: prompt, answer, reward, metrics and the policy versions that answered."""
     from rollcast import display
     from rollcast.rollouts import rollouts as tell
+    from rollcast.rollouts import rollouts_by_token
     from rollcast.runs import find
 
     if follow and step is not None:
         raise UsageError("--follow and --step exclude each other", "one step has no sequel", "leave one of them out")
-    tell(find(run, _only_run_dir(context)), step, limit, follow, as_json, display.screen())
+    if tokens and (follow or as_json):
+        raise UsageError("--tokens shows one step", "it is for people to look at", "leave out --follow and --json")
+    if page is not None and not tokens:
+        raise UsageError("--page goes with --tokens", "only tokens have a page", "add --tokens")
+    found = find(run, _only_run_dir(context))
+    if tokens:
+        rollouts_by_token(found, step, limit, page, display.screen())
+    else:
+        tell(found, step, limit, follow, as_json, display.screen())
 
 
 @app.command(cls=WithOverrides, epilog="Example: rollcast export demo models/demo-trained")

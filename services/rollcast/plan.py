@@ -319,9 +319,14 @@ def _learner_needs(config: RunConfig, size: ModelSize) -> Iterator[Need]:
 
 
 def _activation_bytes(config: RunConfig, size: ModelSize) -> int:
-    """What backward keeps of one micro-batch: a token and layer, 11 hidden and 4 inner vectors (Llama)."""
+    """What backward keeps of one micro-batch: a token and layer, 11 hidden and 4 inner vectors (Llama).
+
+    With activation checkpointing that of one layer at a time, and the inputs of the others.
+    """
     tokens = min(config.learner.microbatch_tokens, config.samples_per_step * config.rollout.max_model_len)
-    values = tokens * size.layers * (11 * size.hidden + 4 * size.inner)
+    of_layer = 11 * size.hidden + 4 * size.inner
+    kept_whole = 1 if config.learner.activation_checkpointing else size.layers
+    values = tokens * (kept_whole * of_layer + (size.layers - kept_whole) * size.hidden)
     return values * _compute_bytes(config)
 
 

@@ -4,15 +4,19 @@ Owns: the schema of that file (docs/files.md). Does not know who plays or reads 
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rollcast_learners.types import Trajectory
+import numpy as np
+from numpy.typing import NDArray
+
+from rollcast_learners.types import TokenDetails, Trajectory
 
 
-def record(trajectory: Trajectory) -> dict[str, Any]:
-    """One trajectory as JSON."""
+def record(trajectory: Trajectory, learned: dict[str, list[float]] | None = None) -> dict[str, Any]:
+    """One trajectory as JSON; `learned` is what the learner made of its trained tokens."""
     return {
         "prompt": trajectory.prompt.id,
         "group": trajectory.prompt.group_id,
@@ -47,12 +51,35 @@ def record(trajectory: Trajectory) -> dict[str, Any]:
             }
             for stream in trajectory.streams
         ],
+        "learned": learned,
     }
 
 
-def write(folder: Path, step: int, trajectories: Iterable[Trajectory]) -> None:
+def learned_of(details: Iterable[TokenDetails]) -> dict[int, dict[str, list[float]]]:
+    """Columns of each episode, by its position in the step."""
+    found: dict[int, dict[str, list[float]]] = {}
+    for part in details:
+        columns = {
+            "logprobs": part.logprobs_N,
+            "values": part.values_N,
+            "advantages": part.advantages_N,
+            "push": part.push_N,
+        }
+        stops = np.cumsum(part.length_E)
+        for index, stop, length in zip(part.index_E.tolist(), stops.tolist(), part.length_E.tolist(), strict=True):
+            found[index] = {name: _rounded(column[stop - length : stop]) for name, column in columns.items()}
+    return found
+
+
+def _rounded(column: NDArray[np.float32]) -> list[float]:
+    """To five places, and 0 for what is not finite: JSON has no word for it, and the guard tells of it."""
+    return [round(x, 5) if math.isfinite(x) else 0.0 for x in column.tolist()]
+
+
+def write(folder: Path, step: int, trajectories: Iterable[Trajectory], details: Iterable[TokenDetails] = ()) -> None:
     """The file appears whole: `rollcast rollouts --follow` may be reading."""
-    lines = [json.dumps(record(trajectory)) + "\n" for trajectory in trajectories]
+    learned = learned_of(details)
+    lines = [json.dumps(record(t, learned.get(number))) + "\n" for number, t in enumerate(trajectories)]
     partial = folder / f".step_{step}.partial"
     partial.write_text("".join(lines), encoding="utf-8")
     partial.replace(folder / f"step_{step}.jsonl")

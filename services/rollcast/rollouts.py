@@ -1,6 +1,7 @@
 """`rollcast rollouts`: what was played for a step, as a table or as lines of JSON, and what is played from now on.
 
-Owns: choosing and showing recorded episodes. Does not know who recorded them (`records.py` has the schema).
+Owns: choosing recorded episodes, and showing them whole. Does not know who recorded them (`records.py` has the schema),
+nor how one is shown token by token (`token_view.py`).
 """
 
 import json
@@ -22,6 +23,8 @@ Record = dict[str, Any]
 
 SHOWN = 16
 """Rows of a table, unless told otherwise."""
+SHOWN_BY_TOKEN = 2
+"""Samples whose tokens are printed, unless told otherwise."""
 POLL_S = 0.5
 ASK_STATE_EVERY = 10
 """Polls between looks at whether the run still goes on: that reads all its metrics."""
@@ -37,6 +40,31 @@ def rollouts(run: RunDir, step: int | None, limit: int | None, follow: bool, as_
             _print(path, limit, as_json, console)
         return
     _print(_file_of(run, step), limit, as_json, console)
+
+
+def rollouts_by_token(run: RunDir, step: int | None, limit: int | None, page: Path | None, console: Console) -> None:
+    """Prints the tokens of the first samples of one step, or writes them as a page.
+
+    Raises `UsageError` for a step that has no file, or that no learner has told its tokens of.
+    """
+    from rollcast.chat import ChatCodec
+    from rollcast.config_file import load_config
+    from rollcast.token_view import samples_of, show, to_page
+
+    path = _file_of(run, step)
+    default = SHOWN_BY_TOKEN if page is None else SHOWN
+    records_shown = list(records.read(path))[: default if limit is None else limit]
+    if any(record.get("learned") is None for record in records_shown):
+        why = f"{path} was written before rollcast kept what the learner made of each token."
+        raise UsageError(f"{run.path.name} has no token details.", why, "Train on, and ask for a newer step.")
+    tokenizer = ChatCodec.of(load_config(run.config).model).tokenizer
+    samples = samples_of(records_shown, lambda number: str(tokenizer.decode([number])))
+    number = records.step_of(path)
+    if page is None:
+        show(samples, number, console)
+        return
+    page.write_text(to_page(samples, number, run.path.name), encoding="utf-8")
+    console.print(f"{page}: {len(samples)} samples of step {number}")
 
 
 def _file_of(run: RunDir, step: int | None) -> Path:

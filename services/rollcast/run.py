@@ -143,7 +143,8 @@ class Run(Session):
         self.step += 1
         self._trained = [group.number for group in groups]
         self._figures |= result.metrics
-        records.write(self.folder.rollouts, self.step, [t for group in groups for t in group.trajectories])
+        played = [t for group in groups for t in group.trajectories]
+        records.write(self.folder.rollouts, self.step, played, result.details)
         return result
 
     def publish(self) -> None:
@@ -358,7 +359,14 @@ def learner_spec(config: RunConfig, dtype: Dtype, supervised: bool = False) -> L
     """What a learner is built from, out of a run's configuration."""
     model = config.model
     return LearnerSpec(
-        PolicySettings(model.path, dtype, config.learner.critic, model.trust_remote_code),
+        PolicySettings(
+            model.path,
+            dtype,
+            config.learner.critic,
+            model.trust_remote_code,
+            config.learner.head,
+            config.learner.activation_checkpointing,
+        ),
         config.learner,
         config.kl,
         config.buffer,

@@ -376,6 +376,28 @@ def test_a_correction_measures_ratios_from_the_step_s_beginning(epochs, build):
     assert "correction/effective_share" not in build("none").step(batch).metrics
 
 
+@pytest.mark.parametrize("budget", [4096, 25], ids=["one pass", "micro-batches"])
+def test_details_tell_of_each_token_what_the_step_saw_and_where_it_pushed(budget, build):
+    learner = build("none", algorithm="reinforce", microbatch_tokens=budget)
+    batch = collate(BATCH, "mask")
+    logprobs_N = copy.deepcopy(learner.policy)(batch).logprobs_N.detach()
+    (details,) = learner.step(batch).details
+    assert details.index_E.tolist() == batch.index_E.tolist() and len(details.push_N) == len(batch.target_N)
+    np.testing.assert_allclose(details.logprobs_N, logprobs_N, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(details.push_N, details.advantages_N * batch.loss_mask_N, rtol=1e-6)
+    assert not details.values_N.any()
+
+
+def test_a_clipped_token_is_not_pushed(build):
+    learner = build("none", normalize_advantages="none", epochs=2)
+    far = [-0.01, -12.0]  # The policy's own are near -5.5: one ratio is far below the clip, one far above.
+    batch = collate([answer([1, 2], [3, 4], reward, logprobs=far, number=n) for n, reward in enumerate((1.0, -1.0))])
+    (details,) = learner.step(batch).details
+    assert details.advantages_N.tolist() == [1.0, 1.0, -1.0, -1.0]
+    assert [push > 0 for push in details.push_N] == [True, False, False, False]
+    assert details.push_N[1] == details.push_N[2] == 0 and details.push_N[3] < 0
+
+
 def test_no_reference_no_kl_figure(build):
     assert "kl/reference" not in build().step(collate(BATCH)).metrics
 

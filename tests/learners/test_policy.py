@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -183,6 +184,43 @@ def test_a_separate_critic_sees_through_a_trunk_of_its_own(tiny_fp32):
     policy(batch).logprobs_N.sum().backward()
     assert all(p.grad is None for p in policy.value_trunk.parameters())
     assert not any("value" in name for name, _ in policy.published())
+
+
+class KeptBytes(saved_tensors_hooks):
+    """How much a forward pass keeps for its backward pass."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        super().__init__(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self.total += tensor.numel() * tensor.element_size()
+        return tensor
+
+
+@pytest.mark.parametrize("critic", ["head", "separate"])
+def test_activation_checkpointing_changes_nothing_but_what_is_kept(critic, tiny_fp32):
+    batch, kept, grads = collate(random_episodes(3, groups=6)), [], []
+    for checkpointing in (False, True):
+        policy = Policy(PolicySettings(tiny_fp32, "float32", critic, activation_checkpointing=checkpointing))
+        bytes_kept = KeptBytes()
+        with bytes_kept:
+            outputs = policy(batch)
+            loss = outputs.logprobs_N.sum() + outputs.entropy_N.sum() + (outputs.values_N - 1).square().sum()
+        kept.append(bytes_kept.total)
+        loss.backward()
+        grads.append({name: p.grad for name, p in policy.named_parameters()})
+    assert kept[1] < 0.4 * kept[0]
+    for name, grad in grads[0].items():
+        assert_close(grads[1][name], grad, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_naive_head_says_the_same(tiny_fp32):
+    batch = collate(random_episodes(3))
+    ours = make_policy(tiny_fp32)
+    naive = Policy(PolicySettings(tiny_fp32, "float32", head="naive"))
+    for name in ("logprobs_N", "entropy_N", "normalizers_N"):
+        assert_close(getattr(naive(batch, 0.7), name), getattr(ours(batch, 0.7), name), **CLOSE)
 
 
 def test_without_trunk_gradient_only_the_value_head_learns(tiny_fp32):

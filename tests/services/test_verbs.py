@@ -263,6 +263,21 @@ def test_rollouts_as_json_are_the_records(base: Path, capsys: pytest.CaptureFixt
     assert lines == [{"step": 1, **row} for row in records.read(base / "tiny" / "rollouts" / "step_1.jsonl")]
 
 
+def test_rollouts_token_by_token(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("rollouts", "tiny", "--run.dir", str(base), "--tokens")
+    text = told(capsys, *words, "--limit", "1")
+    first = next(records.read(base / "tiny" / "rollouts" / "step_2.jsonl"))
+    assert f"sample {first['prompt']}: reward {first['reward']:.3f}" in text and "push" in text
+    sampled = sum(sum(stream["trained"]) for stream in first["streams"])
+    assert len(first["learned"]["push"]) == sampled
+    assert all(f"{logprob:.3f}" in text for logprob in first["learned"]["logprobs"])
+    page = tmp_path / "tokens.html"
+    assert "8 samples of step 1" in told(capsys, *words, "--step", "1", "--page", str(page))
+    assert page.read_text(encoding="utf-8").count("<section>") == 8
+    assert "add --tokens" in refused(capsys, *words[:-1], "--page", str(page))
+    assert "leave out --follow" in refused(capsys, *words, "--follow")
+
+
 def test_a_step_without_rollouts_is_told_with_the_others(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "steps 1 to 2" in refused(capsys, "rollouts", "tiny", "--run.dir", str(base), "--step", "7")
     assert "exclude" in refused(capsys, "rollouts", "tiny", "--run.dir", str(base), "--step", "1", "--follow")
