@@ -21,6 +21,8 @@ ENVIRONMENT = {
     # Threads that wait at a barrier sleep: spinning ones stop everybody else on a full machine (measured on 2 cores
     # beside one busy process: a learner step of 5.6 s took 32 to 50 s).
     "OMP_WAIT_POLICY": "PASSIVE",
+    # Ray's workers would stand back behind everything else on the machine, the learner in the trainer's process first.
+    "RAY_worker_niceness": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",

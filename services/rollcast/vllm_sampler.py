@@ -49,6 +49,9 @@ from rollcast.engine_traces import SOCKETS_PREFIX, Traces, sweep
 from rollcast.vllm_transfer import BACKEND, update_info
 
 GIB = 1 << 30
+CPU_BLOCK = 32
+"""Tokens of a KV block on a CPU, the smallest that its attention kernels take (measured on SmolLM2-135M, 8 samples of
+each prompt, 16 tokens: 1.7 times less CPU than with 128 for prompts of 45 tokens, 1.85 times for 200)."""
 Result = TypeVar("Result")
 
 
@@ -305,7 +308,9 @@ def _arguments(
     }
     if current_platform.is_cpu():
         # A compiled graph keeps the packed weights that it was traced with, and an update frees them.
-        arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": int(kv_cache_gib * GIB)}
+        # vLLM's blocks of 128 tokens would share no prompt shorter than that among the samples of a group.
+        blocks = {"block_size": CPU_BLOCK, "kv_cache_memory_bytes": int(kv_cache_gib * GIB)}
+        arguments |= {"enforce_eager": True, **blocks}
         if tensor_parallel == 1:
             # By its name vLLM would replace it by a worker process, on whose answers the engine spins half a core
             # away; what that is for, another number of OpenMP threads, is set in `_environment`.
