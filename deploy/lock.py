@@ -32,6 +32,7 @@ REQUIREMENTS = [
     "matplotlib",
     "gguf",
     "accelerate",
+    "peft",
     "psutil",
     "httpx",
     "pyarrow",

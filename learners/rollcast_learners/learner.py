@@ -30,7 +30,7 @@ from rollcast_learners.batch import Batch
 from rollcast_learners.guard import Diverged, NumericGuard, Verdict, clip_rewards
 from rollcast_learners.losses import Metrics, kl, token_mean, value_loss
 from rollcast_learners.optimizer import MasterAdamW, Reduce, rate_factor
-from rollcast_learners.policy import Outputs, Policy
+from rollcast_learners.policy import Outputs, Policy, Reference
 from rollcast_learners.scoring import Scored, Scorer
 from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
 from rollcast_learners.sums import LOSS_MEANS, TOKEN_MEANS, StepSums
@@ -94,7 +94,7 @@ class PolicyLearner:
         total_steps: int,
         answer_tokens: int = 1,
         seed: int = 0,
-        reference: Policy | None = None,
+        reference: Reference | None = None,
         reduce: Reduce = one_learner,
     ) -> None:
         self.policy = policy

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rollcast_learners import attention
+from rollcast_learners import adapters, attention
 from rollcast_learners.batch import NO_ROW, Batch
 from rollcast_learners.head import Backend, logprobs_and_entropy, scores
+from rollcast_learners.settings import LoraSettings
 
 Critic = Literal["head", "separate", "none"]
 
@@ -38,6 +39,8 @@ class PolicySettings:
     head: Backend = "chunked"
     activation_checkpointing: bool = False
     """Whether layers keep only their inputs, and are computed again for the backward pass."""
+    adapter: LoraSettings | None = None
+    """Low-rank adapters in place of training every weight."""
 
 
 class Outputs(NamedTuple):
@@ -82,6 +85,8 @@ class Policy(nn.Module):
         lm.config.use_cache = False
         if self.settings.activation_checkpointing:
             _keep_inputs_alone(lm, self.settings.path)
+        if self.settings.adapter is not None:
+            adapters.inject(lm, self.settings.adapter)
         return lm
 
     @property
@@ -169,6 +174,16 @@ class Policy(nn.Module):
         return logprobs.view(rows, length - 1)
 
     def published(self) -> Iterator[tuple[str, Tensor]]:
+        """What a published policy consists of, by name: the adapter alone, or every tensor of the language model."""
+        if self.settings.adapter is None:
+            yield from self._stored()
+        elif self.settings.adapter.publish == "adapter":
+            yield from adapters.trained(self.lm)
+        else:
+            whole = {adapters.bare_name(name): tensor for name, tensor in self._stored() if ".lora_" not in name}
+            yield from adapters.merged(whole, dict(adapters.trained(self.lm)), self.settings.adapter.scale)
+
+    def _stored(self) -> Iterator[tuple[str, Tensor]]:
         """Named tensors of the language model, each stored tensor once (a tied head is the embedding)."""
         seen: set[int] = set()
         for name, tensor in self.lm.named_parameters():
@@ -176,8 +191,28 @@ class Policy(nn.Module):
                 seen.add(tensor.data_ptr())
                 yield name, tensor.detach()
 
+    def without_adapter(self) -> "Unadapted":
+        """The model that training began from, at no memory of its own."""
+        return Unadapted(self)
+
     def _tensor(self, column: NDArray[np.int32]) -> Tensor:
         return torch.from_numpy(column.astype(np.int64)).to(self.device, non_blocking=True)
+
+
+class Unadapted:
+    """A policy with its adapters switched off: the reference of a run that trains adapters."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def __call__(self, batch: Batch, temperature: float = 1.0) -> Outputs:
+        with torch.no_grad(), adapters.switched_off(self._policy.lm):
+            outputs: Outputs = self._policy(batch, temperature)
+        return outputs
+
+
+Reference = Policy | Unadapted
+"""The policy that stands still."""
 
 
 def _keep_inputs_alone(lm: Any, path: str) -> None:

@@ -35,7 +35,7 @@ from rollcast_learners import state
 from rollcast_learners.arena import Arena, policy_specs
 from rollcast_learners.batch import Batch
 from rollcast_learners.learner import PolicyLearner, StepResult
-from rollcast_learners.policy import Outputs, Policy, PolicySettings
+from rollcast_learners.policy import Outputs, Policy, PolicySettings, Reference
 from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
 from rollcast_learners.supervised import SupervisedLearner
 from rollcast_learners.types import Probe, TensorEntry
@@ -105,8 +105,10 @@ class LMLearner(TorchLearner):
             torch.set_num_threads(self.spec.learner.cpus_per_learner)
         super().build()
         policy: Policy = self.module[DEFAULT_MODULE_ID].policy
-        reference = None
-        if self.spec.kl.kind != "none":
+        reference: Reference | None = None
+        if self.spec.kl.kind != "none" and self.spec.policy.adapter is not None:
+            reference = policy.without_adapter()
+        elif self.spec.kl.kind != "none":
             frozen = dataclasses.replace(self.spec.policy, critic="none", activation_checkpointing=False)
             reference = Policy(frozen).to(policy.device).requires_grad_(False)
         kind = SupervisedLearner if self.spec.supervised else PolicyLearner

@@ -21,7 +21,7 @@ from rollcast_learners.algorithms import ALGORITHMS, OVER_GROUPS
 from rollcast_learners.batch import Batch
 from rollcast_learners.losses import kl
 from rollcast_learners.optimizer import Reduce
-from rollcast_learners.policy import Outputs, Policy
+from rollcast_learners.policy import Outputs, Policy, Reference
 from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
 
 Part = tuple[Batch, NDArray[np.intp], Tensor]
@@ -61,7 +61,7 @@ class Scorer:
     """Scores batches with one policy and its reference. `answer_tokens` is the longest answer of one turn."""
 
     policy: Policy
-    reference: Policy | None
+    reference: Reference | None
     settings: LearnerSettings
     kl: KLSettings
     correction: CorrectionSettings

@@ -4,7 +4,7 @@ Owns: names, defaults, bounds and one sentence each. Does not know files, overri
 of a run.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -90,6 +90,26 @@ class LearnerSettings(Settings):
         if isinstance(given, dict) and given.get("algorithm", "ppo") in ALGORITHMS:
             return {**ALGORITHMS[given.get("algorithm", "ppo")].presets, **given}
         return given
+
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters (LoRA) in place of training every weight."""
+
+    rank: int = Field(default=0, ge=0)
+    """Rank of the adapters; 0 trains every weight. Adapters want about ten times the learning rate."""
+    alpha: int = Field(default=32, ge=1)
+    """An adapter counts alpha / rank times."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = LINEAR_LAYERS
+    """Ends of the names of the linear layers that get one."""
+    publish: Literal["adapter", "merged"] = "adapter"
+    """What workers get: the adapter alone, which their engine adds, or the model with it added."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 class CorrectionSettings(Settings):

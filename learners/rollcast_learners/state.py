@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rollcast_learners import adapters
 from rollcast_learners.learner import PolicyLearner
 from rollcast_learners.optimizer import MasterAdamW
 
@@ -58,12 +59,18 @@ def load(learner: PolicyLearner, folder: Path) -> None:
     learner.guard.load(scalars["guard"])
 
 
-def export_policy(folder: Path, target: Path, dtype_of: Callable[[str], str]) -> None:
-    """Writes the policy of a saved state as one safetensors file, each tensor in the dtype that its name is given."""
+def saved_policy(folder: Path, dtype_of: Callable[[str], str]) -> dict[str, Tensor]:
+    """The policy of a saved state as it is published, each tensor in the dtype that its name is given.
+
+    Of a policy with adapters, these alone, by the names of peft's files.
+    """
+    found: dict[str, Tensor] = {}
     with safe_open(folder / "policy.safetensors", "pt") as saved:
         # One by one, so that the masters are never in memory all at once.
-        tensors = {name: saved.get_tensor(name).to(getattr(torch, dtype_of(name))) for name in sorted(saved.keys())}
-    save_file(tensors, target, metadata={"format": "pt"})
+        for name in sorted(saved.keys()):
+            known_as = adapters.published_name(name) if ".lora_" in name else name
+            found[known_as] = saved.get_tensor(name).to(getattr(torch, dtype_of(known_as)))
+    return found
 
 
 def _masters(optimizer: MasterAdamW) -> dict[str, Tensor]:

@@ -195,10 +195,12 @@ class Probe:
 class Weights:
     """One published policy, without the value head. Learner -> store -> workers and the live policy.
 
+    `adapter` is a LoRA adapter alone, by the names of peft's files, for whoever has the model it belongs to.
+
     `segments` are file names below `folder` on the node `home`; each is a safetensors file of at most 1 GiB.
     """
 
-    kind: Literal["full"]
+    kind: Literal["full", "adapter"]
     version: int
     manifest: tuple[TensorEntry, ...]
     segments: tuple[str, ...]

@@ -75,6 +75,7 @@ Resume = Annotated[
     str, typer.Option(metavar="auto|never|PATH", help="Go on from the newest checkpoint, from none, or from this one.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PlanAsJson = Annotated[bool, typer.Option("--json", help="With --dry-run: the plan as JSON.")]
 
 
@@ -137,6 +138,36 @@ def sft(
         start(settings, run_directory(settings), resume)
 
 
+@app.command(
+    cls=WithOverrides,
+    epilog='Example: rollcast tune deploy/configs/qa.toml --tune.space.learner.clip_high "[0.2, 0.28]" --tune.trials 4',
+)
+def tune(
+    context: typer.Context,
+    config: ConfigFile,
+    run: RunName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search settings: a run for each combination that [tune] names, one after the other or several at a time.
+
+    Prints a table of the trials, the best first; the runs, trials.json and trials.png are in runs/NAME. Typed again, it
+    goes on with what is not done. Any setting can be given as --section.key VALUE.
+    """
+    from rollcast import display
+    from rollcast.config_file import load_config
+    from rollcast.plan import make_plan, run_directory
+    from rollcast.tune import show
+    from rollcast.tune import tune as search
+
+    settings = load_config(config, _overrides(context, run))
+    make_plan(settings)
+    found = search(settings, run_directory(settings), _report)
+    if as_json:
+        typer.echo(json.dumps([asdict(trial) for trial in found], indent=2))
+    else:
+        show(found, display.screen())
+
+
 def _planned(
     config: Path, overrides: list[str], resume: str, dry_run: bool, as_json: bool, plays: bool
 ) -> "RunConfig | None":
@@ -174,7 +205,6 @@ Runs = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run below ./
 Policies = Annotated[
     str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run, or a folder checkpoints/step_N of one.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command(cls=WithOverrides, epilog="Example: rollcast status demo")

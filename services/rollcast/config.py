@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from rollcast_learners.algorithms import ALGORITHMS, OVER_GROUPS
-from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
+from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings, LoraSettings
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -22,6 +22,7 @@ Positive = Annotated[float, Field(gt=0)]
 ZeroOrMore = Annotated[float, Field(ge=0)]
 UpToOne = Annotated[float, Field(ge=0, le=1)]
 
+MOST_RANK = 512
 # They cut or bend the distribution: the log-probabilities of what was sampled are then not the policy's own.
 SAMPLING_KEYS = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 # Engine arguments that rollcast sets itself, and the key that decides each.
@@ -94,6 +95,12 @@ class ModelSection(Section):
             why = f"there is no file {path!r}"
             raise _refusal("model.chat_template", why, "name a Jinja file, or leave it out")
         return path
+
+
+class LoraSection(LoraSettings):
+    """Low-rank adapters (LoRA) in place of training every weight."""
+
+    model_config = STRICT
 
 
 class RewardSection(Section):
@@ -302,6 +309,64 @@ class CheckpointSection(Section):
     """Newest checkpoints that stay on disk."""
 
 
+class Span(Section):
+    """All numbers between two, for a search that draws."""
+
+    low: float
+    """The smallest."""
+    high: float
+    """The largest; whole numbers are drawn where both ends are whole."""
+    log: bool = False
+    """Whether each order of magnitude is drawn as often as the others."""
+
+
+class TuneSection(Section):
+    """What `rollcast tune` tries."""
+
+    space: dict[str, Annotated[tuple[Any, ...], Field(min_length=1, strict=False)] | Span] = Field(default_factory=dict)
+    """Settings to vary: `"learner.learning_rate" = [1e-5, 3e-5]`, or `{ low = 1e-6, high = 1e-4, log = true }`."""
+    search: Literal["grid", "random", "asha"] = "grid"
+    """Every combination; as many as drawn; or drawn, and the worse half ended early again and again (ASHA)."""
+    trials: AtLeastOne = 8
+    """Combinations that random and asha draw."""
+    concurrent: AtLeastOne = 1
+    """Trials at a time; each is a run that asks for workers and learners of its own."""
+    metric: Annotated[str, Field(pattern=r"^[^/]+/.+$")] | None = None
+    """The figure to raise, such as `QA-v0/f1`; without it eval.best_metric, or else the first environment's reward."""
+    seeds: AtLeastOne = 1
+    """Runs of each combination, with one seed after the other; their mean counts (not with asha)."""
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _dotted(cls, space: object) -> object:
+        """`learner.clip_high = [...]` without quotes is a table in a table to TOML."""
+        if not isinstance(space, Mapping):
+            return space
+        flat = dict(_flat(space))
+        for key, values in flat.items():
+            if not isinstance(values, list | tuple | Mapping | Span):
+                fix = "write a list, or { low = 1e-6, high = 1e-4, log = true }"
+                raise _refusal("tune.space", f"{key} is {values!r}: one value is no choice", fix)
+        return flat
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TuneSection":
+        spans = [key for key, values in self.space.items() if isinstance(values, Span)]
+        for key in spans:
+            span = self.space[key]
+            assert isinstance(span, Span)
+            if not span.low < span.high or (span.log and span.low <= 0):
+                orders = " by orders of magnitude" if span.log else ""
+                why = f"{key}: there are no numbers between {span.low:g} and {span.high:g}{orders}"
+                raise _refusal("tune.space", why, "write { low = 1e-6, high = 1e-4, log = true }")
+        if self.search == "grid" and spans:
+            why = f"a grid has no end between the bounds of {spans[0]}"
+            raise _refusal("tune.search", why, 'list values there, or set it to "random" or "asha"')
+        if self.search == "asha" and self.seeds > 1:
+            raise _refusal("tune.seeds", "asha judges a trial before its end, one run at a time", "set it to 1")
+        return self
+
+
 class TrackingSection(Section):
     """Where figures go besides metrics.jsonl."""
 
@@ -314,6 +379,7 @@ class RunConfig(Section):
 
     run: RunSection
     model: ModelSection
+    lora: LoraSection = LoraSection.model_validate({})
     env: Annotated[tuple[EnvSection, ...], Field(min_length=1, strict=False)]
     rollout: RolloutSection = RolloutSection()
     learner: LearnerSection = LearnerSection.model_validate({})
@@ -323,11 +389,22 @@ class RunConfig(Section):
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
+    tune: TuneSection = TuneSection()
 
     @property
     def samples_per_step(self) -> int:
         """Trajectories that one learner step trains on."""
         return self.learner.prompts_per_step * self.rollout.group_size
+
+    @property
+    def adapter(self) -> LoraSettings | None:
+        """The adapters that are trained, if any."""
+        return self.lora if self.lora.rank else None
+
+    @property
+    def published_kind(self) -> Literal["full", "adapter"]:
+        """What a new policy travels as."""
+        return "adapter" if self.lora.rank and self.lora.publish == "adapter" else "full"
 
     def without_rollouts(self) -> "RunConfig":
         """The same for a run that plays nothing and needs no critic (`sft`): no worker, no engine."""
@@ -344,6 +421,8 @@ class RunConfig(Section):
         self._check_evaluation()
         self._check_rewards()
         self._check_algorithm()
+        self._check_adapter()
+        self._check_search()
         return self
 
     def _check_algorithm(self) -> None:
@@ -364,6 +443,16 @@ class RunConfig(Section):
         if self.buffer.correction != "none" and self.rollout.engine == "scripted":
             why = "the scripted engine has no log-probabilities of its own to correct by"
             raise _refusal("buffer.correction", why, 'set it to "none", or rollout.engine to "vllm" or "torch"')
+
+    def _check_search(self) -> None:
+        if self.tune.metric is not None and self.tune.metric.partition("/")[0] not in [env.label for env in self.env]:
+            why = f"{self.tune.metric!r} names none of the environments: {', '.join(env.label for env in self.env)}"
+            raise _refusal("tune.metric", why, f'write ENVIRONMENT/METRIC, such as "{self.env[0].label}/reward"')
+
+    def _check_adapter(self) -> None:
+        if self.published_kind == "adapter" and self.rollout.engine == "vllm" and self.lora.rank > MOST_RANK:
+            why = f"vLLM takes adapters up to rank {MOST_RANK}"
+            raise _refusal("lora.rank", why, 'lower it, or set lora.publish to "merged"')
 
     def _check_evaluation(self) -> None:
         labels = [env.label for env in self.env]
@@ -392,6 +481,14 @@ class RunConfig(Section):
     def to_toml(self) -> str:
         """The resolved settings as a file that loads to the same."""
         return tomlkit.dumps(self.model_dump(by_alias=True, exclude_none=True))
+
+
+def _flat(space: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in space.items():
+        if isinstance(value, Mapping) and not value.keys() & Span.model_fields.keys():
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def _whole_gpus(path: str, gpus: float) -> float:

@@ -5,7 +5,8 @@ Owns: which saved policy is meant, and what such a folder holds. Does not know h
 
 The best policy is the one that `eval.best_metric` chose (`best.py`). Of the last, the newest whole checkpoint is taken:
 its float32 masters, cast as they are when published; where no checkpoint is left, the published weights of the run
-folder are. Everything but the tensors comes from the model that training began from.
+folder are. Everything but the tensors comes from the model that training began from. An adapter (LoRA) is written
+twice: added to that model's tensors, and apart in the folder `adapter`, as peft reads it.
 """
 
 import json
@@ -57,7 +58,8 @@ def export(source: Source, target: Path, which: Which | None, config: RunConfig,
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
         partial.mkdir(parents=True)
-        step, version = _write_policy(source, which, partial, config, report)
+        saved = _saved_policy(source, which, config, report)
+        _write_tensors(saved.tensors, partial, config)
         _describe(base, partial)
         if config.model.chat_template is not None:
             shutil.copyfile(config.model.chat_template, partial / "chat_template.jinja")
@@ -67,11 +69,11 @@ def export(source: Source, target: Path, which: Which | None, config: RunConfig,
         raise UsageError(f"{target} cannot be written.", f"{type(error).__name__}: {error}", fix) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Exported(str(target), source.run.path.name, step, version)
+    return Exported(str(target), source.run.path.name, saved.step, saved.version)
 
 
-def base_model(config: RunConfig) -> Path:
-    """The folder of the model that training began from; one of the hub is fetched, without its weights.
+def base_model(config: RunConfig, weights: bool = False) -> Path:
+    """The folder of the model that training began from; one of the hub is fetched, without its weights unless asked.
 
     Raises `ConfigError` when it is not there.
     """
@@ -81,7 +83,8 @@ def base_model(config: RunConfig) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(config.model.path, ignore_patterns=list(NOT_THE_POLICYS)))
+        unwanted = [name for name in NOT_THE_POLICYS if not (weights and "safetensors" in name)]
+        return Path(snapshot_download(config.model.path, ignore_patterns=unwanted))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.path: the model {config.model.path!r}, from which the run began, is not here",
@@ -117,25 +120,59 @@ def _refuse_occupied(target: Path) -> None:
 # ---- the tensors
 
 
-def _write_policy(
-    source: Source, which: Which, folder: Path, config: RunConfig, report: Report
-) -> tuple[int | None, int]:
-    """Writes model.safetensors; returns step and policy version."""
-    target = folder / "model.safetensors"
+@dataclass(frozen=True, eq=False)
+class SavedPolicy:
+    """Tensors as they are published, the adapter's alone where one is; `step` is None for published weights."""
+
+    tensors: dict[str, Any]
+    step: int | None
+    version: int
+
+
+def _saved_policy(source: Source, which: Which, config: RunConfig, report: Report) -> SavedPolicy:
     kept = best.read(source.run)
     if which == "best" and kept is not None:
-        _copy_published(_read_published(source.run.best), target)
-        return int(kept["step"]), int(kept["policy_version"])
+        return SavedPolicy(
+            _published_tensors(_read_published(source.run.best)), int(kept["step"]), int(kept["policy_version"])
+        )
     found = _checkpoint_of(source, report)
     if found is None:
         weights = newest_published(source.run)
         if weights is None:
             raise _nothing_saved(source.run)
-        return None, _copy_published(weights, target)
-    from rollcast_learners.state import export_policy
+        return SavedPolicy(_published_tensors(weights), None, weights.version)
+    from rollcast_learners.state import saved_policy
 
-    export_policy(found.path, target, _published_dtypes(source.run, config))
-    return found.step, int(found.trainer["policy_version"])
+    tensors = saved_policy(found.path, _published_dtypes(source.run, config))
+    return SavedPolicy(tensors, found.step, int(found.trainer["policy_version"]))
+
+
+def _write_tensors(tensors: dict[str, Any], folder: Path, config: RunConfig) -> None:
+    """Writes model.safetensors, and the folder `adapter` where the policy is one."""
+    from safetensors.torch import save_file
+
+    from rollcast_learners import adapters
+
+    if any(adapters.is_adapter(name) for name in tensors):
+        apart = folder / "adapter"
+        apart.mkdir()
+        save_file(tensors, apart / "adapter_model.safetensors", metadata={"format": "pt"})
+        (apart / "adapter_config.json").write_text(adapters.describe(config.lora), encoding="utf-8")
+        dtype = next(iter(tensors.values())).dtype
+        whole = {name: tensor.to(dtype) for name, tensor in _base_tensors(base_model(config, weights=True)).items()}
+        tensors = dict(adapters.merged(whole, tensors, config.lora.scale))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _base_tensors(folder: Path) -> dict[str, Any]:
+    """Every tensor of a model folder. Raises `ConfigError` for one without safetensors."""
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        why = "the policy is an adapter, which is added to the model's own tensors"
+        raise ConfigError(f"model.path: {folder} holds no *.safetensors", why, "name the folder with --model.path")
+    return {name: tensor for path in files for name, tensor in load_file(path).items()}
 
 
 def _checkpoint_of(source: Source, report: Report) -> Checkpoint | None:
@@ -156,7 +193,8 @@ def _published_dtypes(run: RunDir, config: RunConfig) -> Callable[[str], str]:
         dtype = compute_dtype(config)
         return lambda _: dtype
     dtypes = {entry.name: entry.dtype for entry in published.manifest}
-    return dtypes.__getitem__
+    usual = published.manifest[0].dtype  # Of an adapter that was published merged there is no entry.
+    return lambda name: dtypes.get(name, usual)
 
 
 def newest_published(run: RunDir) -> Weights | None:
@@ -171,23 +209,21 @@ def _read_published(folder: Path) -> Weights:
     manifest = read_json(folder / "manifest.json")
     try:
         entries = tuple(_entry(row) for row in manifest["tensors"])
-        version = int(manifest["version"])
+        version, kind = int(manifest["version"]), manifest["kind"]
     except (KeyError, TypeError, ValueError) as error:
         why = f"Its manifest.json cannot be read: {type(error).__name__}: {error}"
         raise RunFailed(f"{folder} is damaged.", why, f"Remove {folder} and run the same command again.") from error
     from rollcast_learners.arena import segment_name
 
     count = 1 + max(entry.segment for entry in entries)
-    return Weights("full", version, entries, tuple(segment_name(version, i) for i in range(count)), "", str(folder))
+    return Weights(kind, version, entries, tuple(segment_name(version, i) for i in range(count)), "", str(folder))
 
 
 def _entry(row: dict[str, Any]) -> TensorEntry:
     return TensorEntry(**{**row, "shape": tuple(row["shape"])})
 
 
-def _copy_published(weights: Weights, target: Path) -> int:
-    from safetensors.torch import save_file
-
+def _published_tensors(weights: Weights) -> dict[str, Any]:
     from rollcast_learners.arena import InvalidWeights, TensorSpec, open_tensors, validate
 
     try:
@@ -196,8 +232,7 @@ def _copy_published(weights: Weights, target: Path) -> int:
         raise RunFailed(
             f"{weights.folder} is damaged.", str(error), "There is no other copy of this policy."
         ) from error
-    save_file(open_tensors(weights, weights.folder), target, metadata={"format": "pt"})
-    return weights.version
+    return dict(open_tensors(weights, weights.folder))
 
 
 def _nothing_saved(run: RunDir) -> RollcastError:

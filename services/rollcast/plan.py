@@ -287,7 +287,9 @@ def _needs(config: RunConfig, size: ModelSize) -> Iterator[Need]:
     compute = _compute_bytes(config) * size.parameters
     yield from _learner_needs(config, size)
     yield from _worker_needs(config, size)
-    yield Need("published weights, two versions", "shared memory", 2 * compute)
+    adapter_alone = config.published_kind == "adapter"
+    published = _compute_bytes(config) * _trained_parameters(config, size) if adapter_alone else compute
+    yield Need("published weights, two versions", "shared memory", 2 * published)
     yield Need("checkpoints, with optimiser", "disk", _checkpoint_bytes(config, size))
 
 
@@ -298,24 +300,41 @@ def _compute_bytes(config: RunConfig) -> int:
 def _learner_needs(config: RunConfig, size: ModelSize) -> Iterator[Need]:
     place: Place = "gpu memory" if config.learner.gpus_per_learner else "memory"
     copies = max(1, config.learner.num_learners)
-    masters, compute = FP32 * size.parameters, _compute_bytes(config) * size.parameters
+    compute = _compute_bytes(config) * size.parameters
     separate = config.learner.critic == "separate"
-    trained = masters * (2 if separate else 1)
+    trained = FP32 * _trained_parameters(config, size) * (2 if separate else 1)
 
     def need(name: str, nbytes: int, about: bool = False) -> Need:
         return Need(f"learner: {name}", place, copies * nbytes, about)
 
-    if config.model.dtype != "float32":
+    if config.model.dtype != "float32" or config.adapter is not None:
         yield need("policy to compute with", compute)
     if separate and config.model.dtype != "float32":
         yield need("critic to compute with", compute)
     yield need("float32 masters", trained)
     yield need("Adam moments", 2 * trained)
     yield need("gradients", trained)
-    if config.kl.kind != "none":
+    if config.kl.kind != "none" and config.adapter is None:  # An adapter is switched off instead.
         yield need("reference policy", compute)
     yield need("activations", _activation_bytes(config, size), about=True)
     yield Need("learner: Python and libraries", "memory", copies * PROCESS_BYTES, about=True)
+
+
+def _trained_parameters(config: RunConfig, size: ModelSize) -> int:
+    """All of them, or about those of the adapters: two narrow matrices for each linear layer (Llama)."""
+    if config.adapter is None:
+        return size.parameters
+    widths = {
+        "q_proj": 2 * size.hidden,
+        "k_proj": size.hidden + size.keys,
+        "v_proj": size.hidden + size.keys,
+        "o_proj": 2 * size.hidden,
+        "gate_proj": size.hidden + size.inner,
+        "up_proj": size.hidden + size.inner,
+        "down_proj": size.hidden + size.inner,
+    }
+    of_layer = sum(widths.get(name, 2 * size.hidden) for name in config.adapter.targets)
+    return size.layers * config.adapter.rank * of_layer
 
 
 def _activation_bytes(config: RunConfig, size: ModelSize) -> int:
@@ -344,8 +363,8 @@ def _worker_needs(config: RunConfig, size: ModelSize) -> Iterator[Need]:
 
 def _checkpoint_bytes(config: RunConfig, size: ModelSize) -> int:
     """A new checkpoint is complete before the oldest goes: one more than are kept."""
-    checkpoint = 3 * FP32 * size.parameters * (2 if config.learner.critic == "separate" else 1)
-    published = _compute_bytes(config) * size.parameters
+    checkpoint = 3 * FP32 * _trained_parameters(config, size) * (2 if config.learner.critic == "separate" else 1)
+    published = _compute_bytes(config) * _trained_parameters(config, size)
     return (config.checkpoint.keep_last + 1) * (checkpoint + published)
 
 

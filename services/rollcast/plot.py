@@ -37,6 +37,30 @@ def learning_curve(rows: Sequence[dict[str, Any]], target: Path, title: str) -> 
     pyplot.close(figure)
 
 
+def trial_curves(trials: Sequence[tuple[str, Sequence[tuple[int, float]]]], target: Path, title: str) -> None:
+    """One line a trial: its figure at each evaluation. The one that ends highest is drawn last, and green."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    ranked = sorted((trial for trial in trials if trial[1]), key=lambda trial: trial[1][-1][1])
+    for place, (name, points) in enumerate(ranked):
+        best = place == len(ranked) - 1
+        style = (
+            {"color": GREEN, "linewidth": 2.5} if best else {"color": BLUE, "alpha": 0.2 + 0.5 * place / len(ranked)}
+        )
+        axes.plot(*zip(*points, strict=True), marker="o", label=name if best else None, **style)
+    axes.set(title=title, xlabel="step", ylabel="held-out")
+    axes.grid(alpha=0.3)
+    if axes.has_data():
+        axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(target, dpi=120)
+    pyplot.close(figure)
+
+
 def smoothed(points: Sequence[tuple[int, float]], window: int = 5) -> list[tuple[int, float]]:
     """Each point with the mean of the `window` values up to it."""
     means = []

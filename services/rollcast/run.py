@@ -239,7 +239,8 @@ class Run(Session):
                 "Resume, with a lower learner.learning_rate.",
             ) from error
         probe = self.learners.probe(self._probe_tokens) if self.config.rollout.engine != "scripted" else None
-        return Weights("full", version, manifest, segments, self.store.home, self.store.folder, probe)
+        kind = self.config.published_kind
+        return Weights(kind, version, manifest, segments, self.store.home, self.store.folder, probe)
 
     def _keep_weights(self) -> None:
         """The newest published policy as safetensors in the run folder: what serves and outlives the run."""
@@ -366,6 +367,7 @@ def learner_spec(config: RunConfig, dtype: Dtype, supervised: bool = False) -> L
             model.trust_remote_code,
             config.learner.head,
             config.learner.activation_checkpointing,
+            config.adapter,
         ),
         config.learner,
         config.kl,

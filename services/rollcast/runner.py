@@ -27,6 +27,7 @@ from rollcast.episode import EpisodeLimits
 from rollcast.sampler import EngineDied, Sampler, ScriptedSampler
 from rollcast.weights import StoreHandle
 from rollcast.worker import Loaded, Occupation, RolloutWorker
+from rollcast_learners.settings import LoraSettings
 from rollcast_learners.types import Prompt, Sampling, Trajectory, Weights
 
 WATCH_EVERY_S = 1.0
@@ -129,6 +130,12 @@ class RolloutRunner(EnvRunner):
     async def _pull(self, weights: Weights) -> str:
         return await self.spec.store.pull(weights, self.name)
 
+    @property
+    def _loaded_adapter(self) -> LoraSettings | None:
+        """The adapters that the engine adds itself; none where policies arrive whole."""
+        config = self.spec.config
+        return config.adapter if config.published_kind == "adapter" else None
+
     async def _engine(self, codec: ChatCodec) -> Sampler:
         config = self.spec.config
         rollout, path = config.rollout, config.model.path
@@ -140,7 +147,8 @@ class RolloutRunner(EnvRunner):
             from rollcast.torch_sampler import TorchSampler
 
             torch.set_num_threads(rollout.cpus_per_worker)
-            return TorchSampler(path, self.spec.dtype, rollout.max_model_len, config.model.trust_remote_code)
+            trusted = config.model.trust_remote_code
+            return TorchSampler(path, self.spec.dtype, rollout.max_model_len, trusted, self._loaded_adapter)
         from rollcast.vllm_sampler import VllmSampler
 
         folder = await self.spec.store.folder()
@@ -154,6 +162,7 @@ class RolloutRunner(EnvRunner):
             tensor_parallel=rollout.tensor_parallel,
             threads=rollout.cpus_per_worker,
             structured=config.eval.restrict_answers,
+            adapter=self._loaded_adapter,
             engine_args=rollout.engine_args,
             record=folder / engine_record(self.name),
         )

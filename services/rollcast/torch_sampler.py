@@ -18,19 +18,30 @@ from transformers import AutoModelForCausalLM
 
 from rollcast.chat import stop_token_ids
 from rollcast.sampler import LoadReport, room_for, spans_of
+from rollcast_learners import adapters
 from rollcast_learners.arena import open_tensors
+from rollcast_learners.settings import LoraSettings
 from rollcast_learners.types import Completion, Sampling, Weights
 
 
 class TorchSampler:
     """All model work runs on one thread, token by token: a load falls between two tokens of every answer."""
 
-    def __init__(self, path: str, dtype: str, max_model_len: int, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        dtype: str,
+        max_model_len: int,
+        trust_remote_code: bool = False,
+        adapter: LoraSettings | None = None,
+    ) -> None:
         self.version = -1
         self.max_model_len = max_model_len
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True
         ).eval()
+        if adapter is not None:
+            adapters.inject(self.model, adapter)
         self.stop_ids = set(stop_token_ids(path, trust_remote_code))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch-sampler")
 
@@ -93,6 +104,8 @@ class TorchSampler:
     def _load(self, weights: Weights, folder: str) -> tuple[float, float]:
         started = time.monotonic()
         parameters = dict(self.model.named_parameters())
+        if weights.kind == "adapter":
+            parameters = {adapters.published_name(name): parameter for name, parameter in parameters.items()}
         for name, tensor in open_tensors(weights, folder).items():
             parameters[name].copy_(tensor)
         self.version = weights.version

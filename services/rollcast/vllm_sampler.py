@@ -20,11 +20,13 @@ from itertools import count
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 
 from rollcast.sampler import EngineDied, LoadReport
+from rollcast_learners import adapters
+from rollcast_learners.settings import LoraSettings
 from rollcast_learners.types import Completion, FinishReason, Sampling, VersionSpan, Weights
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -32,11 +34,13 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 from vllm import SamplingParams, TokensPrompt
 from vllm.config import WeightTransferConfig
+from vllm.config.lora import MaxLoRARanks
 from vllm.distributed.weight_transfer.base import (
     WeightTransferInitRequest,
     WeightTransferUpdateRequest,
 )
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -78,6 +82,8 @@ class VllmSampler:
         self._stops = list(stops)
         self._seeded = seeded
         self._record = record
+        self._described_adapter: str | None = None
+        self._adapter: LoRARequest | None = None
         self._serial = count()
         self._update = asyncio.Lock()
         self._open = asyncio.Event()
@@ -98,6 +104,7 @@ class VllmSampler:
         kv_cache_gib: float = 1.0,
         seeded: bool = False,
         structured: bool = False,
+        adapter: LoraSettings | None = None,
         engine_args: Mapping[str, Any] | None = None,
         record: Path | None = None,
     ) -> "VllmSampler":
@@ -109,6 +116,8 @@ class VllmSampler:
         recorded there is swept first.
         """
         arguments = _arguments(model_path, dtype, max_model_len, concurrency, tensor_parallel, kv_cache_gib)
+        if adapter is not None:
+            arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank_for(adapter.rank)}
         if structured:  # Grammars are compiled against the engine's own tokenizer.
             arguments["skip_tokenizer_init"] = False
         arguments |= engine_args or {}
@@ -119,6 +128,8 @@ class VllmSampler:
             engine, cores, traces = await _start_engine(AsyncEngineArgs(**arguments), sockets, record)
         stops = stop_token_ids(model_path)
         sampler = cls(engine, version, cores, traces, context=max_model_len, stops=stops, seeded=seeded, record=record)
+        if adapter is not None:
+            sampler._described_adapter = adapters.describe(adapter)
         await sampler._introduce()
         return sampler
 
@@ -206,19 +217,35 @@ class VllmSampler:
         # `pause_generation` does this and then sleeps for 20 ms, for an order of outputs that we do not need.
         await engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
         paused = perf_counter()
-        await engine.start_weight_update()
-        await engine.update_weights(WeightTransferUpdateRequest(update_info=update_info(weights, folder)))
-        await engine.finish_weight_update(weight_version=str(weights.version))
+        if weights.kind == "adapter":
+            await self._swap_adapter(weights, folder)
+        else:
+            await engine.start_weight_update()
+            await engine.update_weights(WeightTransferUpdateRequest(update_info=update_info(weights, folder)))
+            await engine.finish_weight_update(weight_version=str(weights.version))
         self.version = weights.version
         loaded = perf_counter()
         await engine.resume_generation()
         return LoadReport(pause_s=paused - begin, load_s=loaded - paused)
 
+    async def _swap_adapter(self, weights: Weights, folder: str) -> None:
+        """vLLM reads an adapter from a folder of peft's form: the published segment, and its description beside it."""
+        (segment,) = weights.segments
+        with tempfile.TemporaryDirectory(prefix="adapter-", dir=self._traces.sockets) as beside:
+            (Path(beside) / "adapter_model.safetensors").symlink_to(Path(folder) / segment)
+            (Path(beside) / "adapter_config.json").write_text(self._described_adapter or "", encoding="utf-8")
+            request = LoRARequest("policy", 1, beside, load_inplace=True)
+            if not await self._engine.add_lora(request):
+                raise RuntimeError(f"vLLM did not take the adapter of version {weights.version}")
+        # What is asked from now on names the adapter that is there; it is not to be read again.
+        self._adapter = LoRARequest("policy", 1, folder)
+        await self._engine.update_weight_version(str(weights.version))
+
     async def _ask(self, token_ids: Sequence[int], params: SamplingParams, request_id: str, salt: str) -> RequestOutput:
         prompt = TokensPrompt(prompt_token_ids=list(token_ids), cache_salt=salt)
 
         async def last() -> RequestOutput:
-            async for output in self._engine.generate(prompt, params, request_id):
+            async for output in self._engine.generate(prompt, params, request_id, lora_request=self._adapter):
                 answer = output
             return answer
 
@@ -335,6 +362,11 @@ def _environment(threads: int, sockets: str) -> Iterator[None]:
                 os.environ[name] = before[name]
             else:
                 del os.environ[name]
+
+
+def _rank_for(rank: int) -> int:
+    """The smallest rank that vLLM makes room for and that holds `rank`."""
+    return min(int(room) for room in get_args(MaxLoRARanks) if room >= rank)
 
 
 def _seed(request_id: str) -> int:

@@ -5,13 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from rollcast import metrics, records
 from rollcast.config import RunConfig
 from rollcast.config_file import load_config
 from rollcast.demo import report
+from rollcast.export import export
 from rollcast.rundir import RunDir
+from rollcast.runs import Source
 from rollcast.train import train
 
 SCRIPTED = Path(__file__).resolve().parents[2] / "deploy" / "configs" / "scripted.toml"
@@ -107,3 +112,31 @@ def test_ray_and_vllm_and_rllib_end_to_end(tmp_path: Path, tiny_bf16: str, ray_c
         covered = [i for _, start, end in stream["spans"] for i in range(start, end)]
         assert covered == sampled, "every sampled token belongs to exactly one policy version"
         assert all(stream["logprobs"][i] < 0 for i in sampled)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("publish", ["adapter", "merged"])
+def test_adapters_are_trained_published_exported_and_measured(
+    publish: str, tmp_path: Path, tiny_fp32: str, ray_cluster: str
+) -> None:
+    words = ("--rollout.engine=torch", "--lora.rank=4", f"--lora.publish={publish}", "--learner.learning_rate=1e-2")
+    config = config_for(tmp_path, tiny_fp32, *words, "--run.steps=2", "--rollout.max_new_tokens=4", "--eval.samples=2")
+    folder = run_it(config)
+    rows = metrics.read(folder.metrics)
+    assert rows[-1]["step"] == 2 and max(row.get("logprob_gap/mean", 0.0) for row in rows) < 1e-3
+    kept = json.loads((folder.weights / "v2" / "manifest.json").read_text())
+    assert kept["kind"] == ("adapter" if publish == "adapter" else "full")
+
+    exported = tmp_path / "exported"
+    done = export(Source(folder), exported, None, load_config(folder.config), print)
+    assert done.step == 2
+    whole = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    apart = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_fp32), exported / "adapter")
+    ids = torch.arange(30)[None] * 5 % 250
+    with torch.no_grad():
+        torch.testing.assert_close(whole(ids).logits, apart(ids).logits, rtol=1e-4, atol=1e-4)
+        base = AutoModelForCausalLM.from_pretrained(tiny_fp32, dtype=torch.float32)
+        assert (whole(ids).logits - base(ids).logits).abs().max() > 1e-3, "and it has learned"
+
+    again = run_it(config_for(tmp_path, tiny_fp32, *words, "--run.steps=3", "--rollout.max_new_tokens=4"))
+    assert metrics.read(again.metrics)[-1]["step"] == 3

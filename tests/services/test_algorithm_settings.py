@@ -81,7 +81,11 @@ def test_every_algorithm_has_a_page_that_the_index_names() -> None:
         assert number is None or f"arxiv.org/abs/{number[1]}" in text
 
 
-@pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [*sorted(PAGES.glob("*.md")), *(PAGES.parent / f"{name}.md" for name in ("adapters", "tune"))],
+    ids=lambda page: page.stem,
+)
 def test_the_examples_of_a_page_load(page: Path, tmp_path: Path) -> None:
     blocks = TOML.findall(page.read_text(encoding="utf-8"))
     assert blocks or page.stem == "README"
