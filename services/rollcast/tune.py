@@ -152,10 +152,11 @@ def _searched(config: RunConfig, named: dict[str, dict[str, Any]], plan: Plan, r
     if config.tune.search == "asha":
         first = max(config.eval.every, 1)
         early = ASHAScheduler(time_attr="step", max_t=config.run.steps + 1, grace_period=first, reduction_factor=2)
-    # Ray Tune starts a trial for each; the combinations are ours, so that every search draws the same way.
+    # Ray Tune starts a trial for each; the combinations are ours, so that every search draws the same way. A byte is
+    # the least that a trial can reserve: the CPUs are for its run.
     choices = [{"name": name, "settings": settings} for name, settings in named.items()]
     tuner = ray_tune.Tuner(
-        ray_tune.with_resources(_trainable(), {"cpu": 0}),
+        ray_tune.with_resources(_trainable(), {"cpu": 0, "memory": 1}),
         param_space={"trial": ray_tune.grid_search(choices), "plan": asdict(plan)},
         tune_config=ray_tune.TuneConfig(
             metric="figure", mode="max", scheduler=early, max_concurrent_trials=config.tune.concurrent
