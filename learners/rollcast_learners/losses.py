@@ -53,13 +53,9 @@ def policy_loss(
     """
     mask_T, logprobs_T, old_logprobs_T, advantages_T = _cleared(mask_T, logprobs_T, old_logprobs_T, advantages_T)
     ratio_T = _log_ratio(logprobs_T, old_logprobs_T).exp()
-    plain_T = ratio_T * advantages_T
-    worth_T = torch.minimum(plain_T, ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T)
-    if dual_clip is not None:
-        floor_T = torch.where(advantages_T < 0, dual_clip * advantages_T, -torch.inf)
-        worth_T = torch.maximum(worth_T, floor_T)
+    worth_T, clipped_T = _clipped_worth(ratio_T, advantages_T, clip_low, clip_high, dual_clip)
     loss = -token_mean(_weighted(worth_T, weights_T), mask_T, total_tokens)
-    return loss, _ratio_metrics(logprobs_T, old_logprobs_T, mask_T, total_tokens, clipped_T=worth_T != plain_T)
+    return loss, _ratio_metrics(logprobs_T, old_logprobs_T, mask_T, total_tokens, clipped_T)
 
 
 def score_loss(
@@ -78,7 +74,7 @@ def score_loss(
     """
     mask_T, logprobs_T, old_logprobs_T, advantages_T = _cleared(mask_T, logprobs_T, old_logprobs_T, advantages_T)
     loss = -token_mean(_weighted(advantages_T * logprobs_T, weights_T), mask_T, total_tokens)
-    return loss, _ratio_metrics(logprobs_T, old_logprobs_T, mask_T, total_tokens, clipped_T=torch.zeros_like(mask_T))
+    return loss, _ratio_metrics(logprobs_T, old_logprobs_T, mask_T, total_tokens, torch.zeros_like(mask_T))
 
 
 def sequence_policy_loss(
@@ -101,13 +97,11 @@ def sequence_policy_loss(
     objective. Deviation: the mean log-ratio is clamped to +-20. Metrics as of `policy_loss`.
     """
     mask_T, logprobs_T, old_logprobs_T, advantages_T = _cleared(mask_T, logprobs_T, old_logprobs_T, advantages_T)
-    ratio_T = (
-        sequence_means(logprobs_T - old_logprobs_T, mask_T, lengths_E).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    )
-    plain_T = ratio_T * advantages_T
-    worth_T = torch.minimum(plain_T, ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T)
+    mean_T = sequence_means(logprobs_T - old_logprobs_T, mask_T, lengths_E)
+    ratio_T = mean_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    worth_T, clipped_T = _clipped_worth(ratio_T, advantages_T, clip_low, clip_high)
     loss = -token_mean(_weighted(worth_T, weights_T), mask_T, total_tokens)
-    return loss, _ratio_metrics(logprobs_T, old_logprobs_T, mask_T, total_tokens, clipped_T=worth_T != plain_T)
+    return loss, _ratio_metrics(logprobs_T, old_logprobs_T, mask_T, total_tokens, clipped_T)
 
 
 def clipped_weight_loss(
@@ -130,7 +124,7 @@ def clipped_weight_loss(
     ratio_T = _log_ratio(logprobs_T.detach(), old_logprobs_T).exp()
     held_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
     loss = -token_mean(_weighted(held_T * advantages_T * logprobs_T, weights_T), mask_T, total_tokens)
-    return loss, _ratio_metrics(logprobs_T, old_logprobs_T, mask_T, total_tokens, clipped_T=held_T != ratio_T)
+    return loss, _ratio_metrics(logprobs_T, old_logprobs_T, mask_T, total_tokens, held_T != ratio_T)
 
 
 def path_consistency_loss(
@@ -283,9 +277,21 @@ def _cleared(
     )
 
 
+def _clipped_worth(
+    ratio_T: Tensor, advantages_T: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """PPO's surrogate of each token, and whether a clip decided it."""
+    plain_T = ratio_T * advantages_T
+    worth_T = torch.minimum(plain_T, ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T)
+    if dual_clip is not None:
+        floor_T = torch.where(advantages_T < 0, dual_clip * advantages_T, -torch.inf)
+        worth_T = torch.maximum(worth_T, floor_T)
+    return worth_T, worth_T != plain_T
+
+
 @torch.no_grad()
 def _ratio_metrics(
-    logprobs_T: Tensor, old_logprobs_T: Tensor, mask_T: Tensor, total_tokens: int | float | Tensor, *, clipped_T: Tensor
+    logprobs_T: Tensor, old_logprobs_T: Tensor, mask_T: Tensor, total_tokens: int | float | Tensor, clipped_T: Tensor
 ) -> Metrics:
     dtype = logprobs_T.dtype
     excess_T = (logprobs_T - old_logprobs_T).abs() > LOG_RATIO_LIMIT

@@ -10,17 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomlkit
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, field_validator, model_validator
 
+from rollcast.config_tune import TuneSection
+from rollcast.section import STRICT, AtLeastOne, NotNegative, Positive, Section, UpToOne, ZeroOrMore, refusal
 from rollcast_learners.algorithms import ALGORITHMS, OVER_GROUPS
 from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings, LoraSettings
-
-AtLeastOne = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-ZeroOrMore = Annotated[float, Field(ge=0)]
-UpToOne = Annotated[float, Field(ge=0, le=1)]
 
 MOST_RANK = 512
 # They cut or bend the distribution: the log-probabilities of what was sampled are then not the policy's own.
@@ -36,31 +31,9 @@ OWNED_ENGINE_ARGS = {
 }
 
 
-def _refusal(path: str, why: str, fix: str) -> PydanticCustomError:
-    """A check of our own, in a form that pydantic carries out unharmed."""
-    return PydanticCustomError("rollcast", "{why}", {"path": path, "why": why, "fix": fix})
-
-
 def sampling_refusal(path: str) -> tuple[str, str, str]:
     why = "training needs the log-probabilities of the very distribution that was sampled from"
     return path, why, "remove it; rollout.temperature is the only sampling setting in training"
-
-
-# Strict: TOML has types, so that `steps = "8"` or `seed = true` is a slip and not a number.
-STRICT = ConfigDict(
-    frozen=True,
-    extra="forbid",
-    strict=True,
-    allow_inf_nan=False,
-    use_attribute_docstrings=True,
-    populate_by_name=False,
-)
-
-
-class Section(BaseModel):
-    """A table of the file: unknown keys are refused, and nothing changes after loading."""
-
-    model_config = STRICT
 
 
 class RunSection(Section):
@@ -93,7 +66,7 @@ class ModelSection(Section):
     def _is_a_file(cls, path: str | None) -> str | None:
         if path is not None and not Path(path).is_file():
             why = f"there is no file {path!r}"
-            raise _refusal("model.chat_template", why, "name a Jinja file, or leave it out")
+            raise refusal("model.chat_template", why, "name a Jinja file, or leave it out")
         return path
 
 
@@ -194,24 +167,24 @@ class RolloutSection(Section):
     def _leave_ours_alone(cls, engine_args: dict[str, Any]) -> dict[str, Any]:
         for path in _nested_keys(engine_args):
             if path[-1] in SAMPLING_KEYS:
-                raise _refusal(*sampling_refusal(".".join(("rollout", "engine_args", *path))))
+                raise refusal(*sampling_refusal(".".join(("rollout", "engine_args", *path))))
         for key in OWNED_ENGINE_ARGS.keys() & engine_args.keys():
             path_here = f"rollout.engine_args.{key}"
-            raise _refusal(path_here, "rollcast sets it", f"remove it; what decides is {OWNED_ENGINE_ARGS[key]}")
+            raise refusal(path_here, "rollcast sets it", f"remove it; what decides is {OWNED_ENGINE_ARGS[key]}")
         return engine_args
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RolloutSection":
         if self.max_new_tokens >= self.max_model_len:
             why = f"max_model_len = {self.max_model_len} leaves no room for a prompt"
-            raise _refusal("rollout.max_new_tokens", why, "lower it, or raise rollout.max_model_len")
+            raise refusal("rollout.max_new_tokens", why, "lower it, or raise rollout.max_model_len")
         if self.engine != "vllm" and (self.engine_args or self.tensor_parallel > 1):
             why = f"engine = {self.engine!r} has neither engine_args nor tensor_parallel"
-            raise _refusal("rollout.engine", why, 'set it to "vllm", or remove the two')
+            raise refusal("rollout.engine", why, 'set it to "vllm", or remove the two')
         if 0 < self.gpus_per_worker < self.tensor_parallel and self.tensor_parallel > 1:
             why = f"an engine over {self.tensor_parallel} GPUs needs as many in its worker"
             fix = f"set it to {self.tensor_parallel}, or rollout.tensor_parallel to 1"
-            raise _refusal("rollout.gpus_per_worker", why, fix)
+            raise refusal("rollout.gpus_per_worker", why, fix)
         return self
 
     @field_validator("gpus_per_worker")
@@ -240,10 +213,10 @@ class LearnerSection(LearnerSettings):
                 choices = " or ".join(f'"{other}"' for other in values)
                 why = f"{self.algorithm} ({algorithm.paper}) has {choices} there, not {value!r}"
                 fix = f'leave it out (it is then "{usual}"), or choose another learner.algorithm'
-                raise _refusal(f"learner.{key}", why, fix)
+                raise refusal(f"learner.{key}", why, fix)
         if self.critic == "none" and self.on_length == "bootstrap":
             why = "without a critic there is no value to bootstrap from"
-            raise _refusal("learner.on_length", why, 'use "zero" or "mask", or learner.critic = "head"')
+            raise refusal("learner.on_length", why, 'use "zero" or "mask", or learner.critic = "head"')
         return self
 
 
@@ -255,9 +228,9 @@ class KLSection(KLSettings):
     @model_validator(mode="after")
     def _fits_together(self) -> "KLSection":
         if self.coef > 0 and self.kind == "none":
-            raise _refusal("kl.coef", 'kl.kind = "none" measures no divergence', 'set kl.kind, say to "k3"')
+            raise refusal("kl.coef", 'kl.kind = "none" measures no divergence', 'set kl.kind, say to "k3"')
         if self.target is not None and not self.coef > 0:
-            raise _refusal("kl.target", "a weight of 0 cannot adapt itself", "set kl.coef to where it starts, say 0.05")
+            raise refusal("kl.target", "a weight of 0 cannot adapt itself", "set kl.coef to where it starts, say 0.05")
         return self
 
 
@@ -307,64 +280,6 @@ class CheckpointSection(Section):
     """Steps between checkpoints: the most that a crash can lose."""
     keep_last: AtLeastOne = 2
     """Newest checkpoints that stay on disk."""
-
-
-class Span(Section):
-    """All numbers between two, for a search that draws."""
-
-    low: float
-    """The smallest."""
-    high: float
-    """The largest; whole numbers are drawn where both ends are whole."""
-    log: bool = False
-    """Whether each order of magnitude is drawn as often as the others."""
-
-
-class TuneSection(Section):
-    """What `rollcast tune` tries."""
-
-    space: dict[str, Annotated[tuple[Any, ...], Field(min_length=1, strict=False)] | Span] = Field(default_factory=dict)
-    """Settings to vary: `"learner.learning_rate" = [1e-5, 3e-5]`, or `{ low = 1e-6, high = 1e-4, log = true }`."""
-    search: Literal["grid", "random", "asha"] = "grid"
-    """Every combination; as many as drawn; or drawn, and the worse half ended early again and again (ASHA)."""
-    trials: AtLeastOne = 8
-    """Combinations that random and asha draw."""
-    concurrent: AtLeastOne = 1
-    """Trials at a time; each is a run that asks for workers and learners of its own."""
-    metric: Annotated[str, Field(pattern=r"^[^/]+/.+$")] | None = None
-    """The figure to raise, such as `QA-v0/f1`; without it eval.best_metric, or else the first environment's reward."""
-    seeds: AtLeastOne = 1
-    """Runs of each combination, with one seed after the other; their mean counts (not with asha)."""
-
-    @field_validator("space", mode="before")
-    @classmethod
-    def _dotted(cls, space: object) -> object:
-        """`learner.clip_high = [...]` without quotes is a table in a table to TOML."""
-        if not isinstance(space, Mapping):
-            return space
-        flat = dict(_flat(space))
-        for key, values in flat.items():
-            if not isinstance(values, list | tuple | Mapping | Span):
-                fix = "write a list, or { low = 1e-6, high = 1e-4, log = true }"
-                raise _refusal("tune.space", f"{key} is {values!r}: one value is no choice", fix)
-        return flat
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "TuneSection":
-        spans = [key for key, values in self.space.items() if isinstance(values, Span)]
-        for key in spans:
-            span = self.space[key]
-            assert isinstance(span, Span)
-            if not span.low < span.high or (span.log and span.low <= 0):
-                orders = " by orders of magnitude" if span.log else ""
-                why = f"{key}: there are no numbers between {span.low:g} and {span.high:g}{orders}"
-                raise _refusal("tune.space", why, "write { low = 1e-6, high = 1e-4, log = true }")
-        if self.search == "grid" and spans:
-            why = f"a grid has no end between the bounds of {spans[0]}"
-            raise _refusal("tune.search", why, 'list values there, or set it to "random" or "asha"')
-        if self.search == "asha" and self.seeds > 1:
-            raise _refusal("tune.seeds", "asha judges a trial before its end, one run at a time", "set it to 1")
-        return self
 
 
 class TrackingSection(Section):
@@ -417,7 +332,7 @@ class RunConfig(Section):
         shares = self.learner.minibatches * max(1, self.learner.num_learners)
         if shares > self.samples_per_step:
             why = f"{self.samples_per_step} samples a step cannot be cut into {shares} (with all learners)"
-            raise _refusal("learner.minibatches", why, "lower it, or raise learner.prompts_per_step")
+            raise refusal("learner.minibatches", why, "lower it, or raise learner.prompts_per_step")
         self._check_evaluation()
         self._check_rewards()
         self._check_algorithm()
@@ -430,44 +345,44 @@ class RunConfig(Section):
         if learner.normalize_advantages in OVER_GROUPS and self.rollout.group_size == 1:
             why = f"learner.normalize_advantages = {learner.normalize_advantages!r} compares samples of one prompt"
             fix = 'set it to 2 or more, or learner.normalize_advantages to "batch" where the algorithm can do with it'
-            raise _refusal("rollout.group_size", why, fix)
+            raise refusal("rollout.group_size", why, fix)
         if learner.dynamic_sampling and self.rollout.group_size == 1:
             why = "a single sample is always as good as itself, and every prompt would be replaced"
-            raise _refusal("learner.dynamic_sampling", why, "set it to false, or raise rollout.group_size")
+            raise refusal("learner.dynamic_sampling", why, "set it to false, or raise rollout.group_size")
         if algorithm.needs_reference and not self.kl.coef > 0:
             why = f"{learner.algorithm} has kl.coef as its temperature, and a reference to measure from"
-            raise _refusal("kl.coef", why, 'set kl.kind = "k1" and kl.coef, say to 0.1')
+            raise refusal("kl.coef", why, 'set kl.kind = "k1" and kl.coef, say to 0.1')
         if self.buffer.correction != "none" and algorithm.needs_reference:
             why = f"{learner.algorithm} learns from samples of any policy as they are"
-            raise _refusal("buffer.correction", why, 'set it to "none"')
+            raise refusal("buffer.correction", why, 'set it to "none"')
         if self.buffer.correction != "none" and self.rollout.engine == "scripted":
             why = "the scripted engine has no log-probabilities of its own to correct by"
-            raise _refusal("buffer.correction", why, 'set it to "none", or rollout.engine to "vllm" or "torch"')
+            raise refusal("buffer.correction", why, 'set it to "none", or rollout.engine to "vllm" or "torch"')
 
     def _check_search(self) -> None:
         if self.tune.metric is not None and self.tune.metric.partition("/")[0] not in [env.label for env in self.env]:
             why = f"{self.tune.metric!r} names none of the environments: {', '.join(env.label for env in self.env)}"
-            raise _refusal("tune.metric", why, f'write ENVIRONMENT/METRIC, such as "{self.env[0].label}/reward"')
+            raise refusal("tune.metric", why, f'write ENVIRONMENT/METRIC, such as "{self.env[0].label}/reward"')
 
     def _check_adapter(self) -> None:
         if self.published_kind == "adapter" and self.rollout.engine == "vllm" and self.lora.rank > MOST_RANK:
             why = f"vLLM takes adapters up to rank {MOST_RANK}"
-            raise _refusal("lora.rank", why, 'lower it, or set lora.publish to "merged"')
+            raise refusal("lora.rank", why, 'lower it, or set lora.publish to "merged"')
 
     def _check_evaluation(self) -> None:
         labels = [env.label for env in self.env]
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice is not None:
             why = f"two environments are called {twice!r}, and their figures could not be told apart"
-            raise _refusal("env.name", why, "give one of them another name")
+            raise refusal("env.name", why, "give one of them another name")
         if self.eval.patience and self.eval.best_metric is None:
-            raise _refusal("eval.patience", "no eval.best_metric says what better is", f'set it: "{labels[0]}/reward"')
+            raise refusal("eval.patience", "no eval.best_metric says what better is", f'set it: "{labels[0]}/reward"')
         if self.eval.best_metric is not None and self.eval.best_metric.partition("/")[0] not in labels:
             why = f"{self.eval.best_metric!r} names none of the environments: {', '.join(labels)}"
-            raise _refusal("eval.best_metric", why, f'write ENVIRONMENT/METRIC, such as "{labels[0]}/reward"')
+            raise refusal("eval.best_metric", why, f'write ENVIRONMENT/METRIC, such as "{labels[0]}/reward"')
         if self.eval.restrict_answers and self.rollout.engine != "vllm":
             why = f"the {self.rollout.engine} engine has no structured output"
-            raise _refusal("eval.restrict_answers", why, 'set it to false, or rollout.engine to "vllm"')
+            raise refusal("eval.restrict_answers", why, 'set it to false, or rollout.engine to "vllm"')
 
     def _check_rewards(self) -> None:
         for number, env in enumerate(self.env):
@@ -476,24 +391,16 @@ class RunConfig(Section):
                 if longest >= self.rollout.env_timeout_s:
                     why = f"{reward.retries + 1} tries of {reward.timeout_s:g} s do not fit into one step's time"
                     fix = f"lower it or retries, or raise rollout.env_timeout_s above {longest:g}"
-                    raise _refusal(f"env.{number}.rewards.{place}.timeout_s", why, fix)
+                    raise refusal(f"env.{number}.rewards.{place}.timeout_s", why, fix)
 
     def to_toml(self) -> str:
         """The resolved settings as a file that loads to the same."""
         return tomlkit.dumps(self.model_dump(by_alias=True, exclude_none=True))
 
 
-def _flat(space: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in space.items():
-        if isinstance(value, Mapping) and not value.keys() & Span.model_fields.keys():
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
-
-
 def _whole_gpus(path: str, gpus: float) -> float:
     if gpus > 1 and gpus != int(gpus):
-        raise _refusal(path, f"{gpus} is neither a share of one GPU nor a whole number", "use 0.5, 1, 2, ...")
+        raise refusal(path, f"{gpus} is neither a share of one GPU nor a whole number", "use 0.5, 1, 2, ...")
     return gpus
 
 

@@ -28,12 +28,7 @@ def learning_curve(rows: Sequence[dict[str, Any]], target: Path, title: str) -> 
         below.plot(*zip(*smoothed(rewards), strict=True), color=BLUE, linewidth=2, label="reward, mean of 5 steps")
     above.set(title=title, ylabel="held-out, greedy")
     below.set(xlabel="step", ylabel="training, sampled")
-    for axes in (above, below):
-        axes.grid(alpha=0.3)
-        if axes.has_data():
-            axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(target, dpi=120)
+    _finish(figure, target)
     pyplot.close(figure)
 
 
@@ -53,12 +48,18 @@ def trial_curves(trials: Sequence[tuple[str, Sequence[tuple[int, float]]]], targ
         )
         axes.plot(*zip(*points, strict=True), marker="o", label=name if best else None, **style)
     axes.set(title=title, xlabel="step", ylabel="held-out")
-    axes.grid(alpha=0.3)
-    if axes.has_data():
-        axes.legend(frameon=False)
+    _finish(figure, target)
+    pyplot.close(figure)
+
+
+def _finish(figure: Any, target: Path) -> None:
+    """A grid and a legend in each part, then the file."""
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        if axes.has_data():
+            axes.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(target, dpi=120)
-    pyplot.close(figure)
 
 
 def smoothed(points: Sequence[tuple[int, float]], window: int = 5) -> list[tuple[int, float]]:

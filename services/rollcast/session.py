@@ -7,6 +7,7 @@ know what is done in a step.
 import signal
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -48,7 +49,7 @@ class StopRequest:
         self._say("stopping: the run saves a checkpoint first")
 
 
-class Session:
+class Session(ABC):
     """What the loops of `train` and of `sft` have in common: where they stand, and whether they go on.
 
     `_build` makes the processes and gives each one's end to `_closers`, so that a run that fails half-way leaves none.
@@ -70,9 +71,9 @@ class Session:
             self._build(start)
             undo.pop_all()
 
+    @abstractmethod
     def _build(self, start: Start) -> None:
         """Everything alive of the run."""
-        raise NotImplementedError
 
     @property
     def goes_on(self) -> bool:

@@ -24,8 +24,9 @@ from typing import Any
 from rich.console import Console
 
 from rollcast import cluster, metrics
-from rollcast.config import RunConfig, Span
+from rollcast.config import RunConfig
 from rollcast.config_file import load_config
+from rollcast.config_tune import Span
 from rollcast.display import table
 from rollcast.errors import RunFailed, UsageError
 from rollcast.plot import trial_curves
