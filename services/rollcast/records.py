@@ -51,7 +51,7 @@ def record(trajectory: Trajectory, learned: dict[str, list[float]] | None = None
             }
             for stream in trajectory.streams
         ],
-        "learned": learned,
+        **({} if learned is None else {"learned": learned}),
     }
 
 

@@ -109,6 +109,7 @@ def test_a_late_result_is_refused(tmp_path: Path, tiny_bf16: str, ray_cluster: s
     folder = RunDir(tmp_path / "late")
 
     def fault(run: Run) -> None:
+        wait_for(lambda: run.fleet.ready() == 2, 60)  # A step may have been made before the second one had started.
         pid = run.fleet.pids()[1]
         os.kill(pid, signal.SIGSTOP)
         wait_for(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, 10)

@@ -115,7 +115,7 @@ def test_ray_and_vllm_and_rllib_end_to_end(tmp_path: Path, tiny_bf16: str, ray_c
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("publish", ["adapter", "merged"])
+@pytest.mark.parametrize("publish", ["adapter", pytest.param("merged", marks=pytest.mark.soak)])
 def test_adapters_are_trained_published_exported_and_measured(
     publish: str, tmp_path: Path, tiny_fp32: str, ray_cluster: str
 ) -> None:

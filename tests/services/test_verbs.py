@@ -82,7 +82,8 @@ def documented() -> dict[str, set[str]]:
         title, _, body = part.partition("\n")
         rows = [line.split("|")[1] for line in body.splitlines() if line.startswith("| `")]
         sections[title.strip("` ")] = {key for row in rows for key in re.findall(r"`([^`]+)`", row)}
-    sections["evaluations/step_N.jsonl"] = sections["rollouts/step_N.jsonl"]
+    played = sections["rollouts/step_N.jsonl"]
+    sections["evaluations/step_N.jsonl"] = {key for key in played if not key.startswith("learned.")}
     return sections
 
 
