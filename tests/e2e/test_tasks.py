@@ -106,6 +106,7 @@ def test_dynamic_sampling_replaces_prompts_that_teach_nothing(tmp_path: Path, ti
     assert len(skipped) * 4 >= rows[-1]["dropped/equal"] and not skipped & set(map(int, groups))
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 def test_dynamic_sampling_ends_where_nothing_teaches(
     tmp_path: Path, tiny_bf16: str, ray_cluster: str, capsys: pytest.CaptureFixture[str]

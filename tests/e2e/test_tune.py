@@ -21,6 +21,16 @@ def config_for(folder: Path, model: str, *words: str) -> RunConfig:
     return load_config(SCRIPTED, [*common, "--eval.every=1", *words])
 
 
+def test_a_trial_is_a_run_like_any_other(tmp_path: Path, tiny_bf16: str, ray_cluster: str) -> None:
+    words = ("--tune.space.learner.learning_rate=[1e-4]", "--tune.metric=QA-v0/f1", "--run.steps=1")
+    (trial,) = tune(config_for(tmp_path, tiny_bf16, *words), tmp_path / "search", print)
+    run = RunDir(tmp_path / "search" / trial.name)
+    assert trial.state == "done" and [step for step, _ in trial.points] == [0, 1]
+    assert load_config(run.config).learner.learning_rate == 1e-4
+    assert trial.best == max(row["eval/QA-v0/f1"] for row in metrics.read(run.metrics))
+
+
+@pytest.mark.soak
 def test_a_grid_runs_every_combination_once_and_a_failing_one_is_told(
     tmp_path: Path, tiny_bf16: str, ray_cluster: str
 ) -> None:
