@@ -68,8 +68,12 @@ class Batch:
     @property
     def trained_episodes(self) -> int:
         """Episodes of which at least one token is trained on."""
-        answer_N = np.repeat(np.arange(self.episodes), self.episode_length_E)
-        return len(np.unique(answer_N[self.loss_mask_N]))
+        return len(np.unique(self.episode_of_N[self.loss_mask_N]))
+
+    @property
+    def episode_of_N(self) -> NDArray[np.intp]:
+        """The episode of each trained token."""
+        return np.repeat(np.arange(self.episodes), self.episode_length_E)
 
     def trained_of(self, episodes: NDArray[np.intp]) -> NDArray[np.intp]:
         """Indices into the N columns that belong to `episodes`, in that order."""

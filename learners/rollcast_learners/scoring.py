@@ -108,7 +108,7 @@ class Scorer:
             return None
         if self.settings.loss_mean == "constant":
             return torch.full((len(batch.target_N),), 1 / self.answer_tokens, device=self.policy.device)
-        answer_N = np.repeat(np.arange(batch.episodes), batch.episode_length_E)
+        answer_N = batch.episode_of_N
         counts_E = np.bincount(answer_N, batch.loss_mask_N, batch.episodes).clip(min=1)
         return torch.from_numpy((1 / counts_E)[answer_N].astype(np.float32)).to(self.policy.device)
 
@@ -192,7 +192,7 @@ class Scorer:
         # Each episode counts once, however long: with one reward an episode this is the advantage of the papers.
         lengths_E = torch.from_numpy(batch.episode_length_E.astype(np.int64))
         group_E = torch.from_numpy(batch.group_E.astype(np.int64))
-        answer_N = torch.repeat_interleave(torch.arange(batch.episodes), lengths_E)
+        answer_N = torch.from_numpy(batch.episode_of_N)
         share_N = 1.0 / lengths_E[answer_N].to(torch.float64)
         if self.settings.normalize_advantages == "leave_one_out":
             zeros_E = torch.zeros(batch.episodes, dtype=torch.float64)

@@ -10,6 +10,7 @@ each. A trial reserves nothing of the cluster itself: its run asks for workers a
 import ctypes
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -130,8 +131,6 @@ def _drawn(values: Span | Sequence[Any], draw: random.Random) -> Any:
         return draw.choice(list(values))
     whole = values.low == int(values.low) and values.high == int(values.high)
     if values.log:
-        import math
-
         drawn = math.exp(draw.uniform(math.log(values.low), math.log(values.high)))
     else:
         drawn = draw.uniform(values.low, values.high)
