@@ -15,21 +15,17 @@ prompts, so nothing can be shared, and the rest of the gain shows. `quality` hol
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
+from measuring import ROOT, THREADS, Turns, child, finish, machine, peak_mib
 
-ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
-THREADS = 2
 PROMPT_TOKENS, SHORTEST, LONGEST = 45, 4, 32
 SAMPLES = 64
 PLAIN_MICROBATCH = 16
@@ -49,23 +45,15 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="rollcast-bench-") as folder:
         figures = measure(model_folder(options.model, Path(folder)), options.pairs, options.only)
-    print(json.dumps(figures, indent=2))
-    if options.write:
-        target = ROOT / "benchmarks" / "results" / f"learner-{time.strftime('%Y-%m-%d')}.json"
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    finish("learner", figures, options.write)
 
 
 def measure(model: str, pairs: int, only: str | None) -> dict[str, Any]:
-    figures: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "machine": {"cores": os.cpu_count(), "processor": processor(), "threads": THREADS},
-        "load_average_before": os.getloadavg()[0],
-    }
+    figures = machine()
+    in_child = partial(child, __file__, "--model", model, "--pairs", str(pairs), "--child")
     if only != "speed":
         kinds = (*SIDES, "plain")
-        peaks = {kind: child(f"memory-{kind}", model, pairs)["peak_mib"] for kind in kinds}
+        peaks = {kind: in_child(f"memory-{kind}")["peak_mib"] for kind in kinds}
         figures["memory"] = {
             "rows": MEMORY_ROWS,
             "peak_mib": peaks,
@@ -75,21 +63,8 @@ def measure(model: str, pairs: int, only: str | None) -> dict[str, Any]:
             "target_ours_over_naive_head": 0.75,
         }
     if only != "memory":
-        figures["speed"] = child("speed", model, pairs)
+        figures["speed"] = in_child("speed")
     return figures | {"load_average_after": os.getloadavg()[0]}
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def child(name: str, model: str, pairs: int) -> Any:
-    """A fresh process: its peak memory is its own, and its threads sleep while they wait."""
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(THREADS)}
-    command = [sys.executable, __file__, "--child", name, "--model", model, "--pairs", str(pairs)]
-    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
 
 
 def run_child(name: str, model: str, pairs: int) -> dict[str, Any]:
@@ -273,11 +248,6 @@ def measure_memory(kind: str, model: str) -> dict[str, Any]:
     return {"peak_mib": peak_mib()}
 
 
-def peak_mib() -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM"))
-
-
 # Speed.
 
 
@@ -297,28 +267,15 @@ def take_turns(ours: Any, plain: PlainLearner, trajectories: list[Any], pairs: i
         "ours": lambda: ours.step(collate(trajectories)),
         "plain": lambda: plain.step(rectangle),
     }
-    wall: dict[str, list[float]] = {name: [] for name in sides}
-    cpu: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(pairs + 1):
-        for name, step in sides.items():
-            begin, begin_cpu = time.perf_counter(), time.process_time()
-            step()
-            wall[name].append(time.perf_counter() - begin)
-            cpu[name].append(time.process_time() - begin_cpu)
-    # The first pair is left out: it allocates the optimisers' moments and warms the caches.
-    ratios = [slow / fast for slow, fast in zip(wall["plain"][1:], wall["ours"][1:], strict=True)]
-    cpu_ratios = [slow / fast for slow, fast in zip(cpu["plain"][1:], cpu["ours"][1:], strict=True)]
+    turns = Turns(sides, pairs)
     return {
         "samples": len(trajectories),
         "useful_tokens": useful,
         "rows_ours": collate(trajectories).tokens,
         "rows_plain": int(rectangle["ids"].numel()),
-        "step_s": {name: round(median(times[1:]), 2) for name, times in wall.items()},
-        "cpu_s": {name: round(median(times[1:]), 2) for name, times in cpu.items()},
-        "useful_tokens_per_s": {name: round(useful / median(times[1:])) for name, times in wall.items()},
-        "ours_over_plain": round(median(ratios), 2),
-        "ours_over_plain_pairs": [round(ratio, 2) for ratio in ratios],
-        "ours_over_plain_cpu_seconds": round(median(cpu_ratios), 2),
+        **turns.seconds(),
+        "useful_tokens_per_s": {name: round(useful / s) for name, s in turns.seconds()["wall_s"].items()},
+        "ours_over_plain": turns.ratio("plain", "ours"),
         "target_ours_over_plain": 1.2,
     }
 

@@ -1,7 +1,9 @@
-"""GAE against RLlib's on 1,000 random sequences; whitening and group advantages against numpy."""
+"""GAE against RLlib's on 1,000 random sequences; group advantages against TRL's trainers, and against numpy."""
 
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -175,3 +177,39 @@ def test_centre_and_unscaled_groups_keep_the_spread():
     assert centre(returns[:2], moments(returns)).tolist() == [-6.0, -4.0]
     assert group_advantages(returns, groups, scale=False).tolist() == [-1.0, 1.0, -2.0, 2.0]
     assert centre(torch.zeros(0)).shape == (0,)
+
+
+# ---- TRL's own (trl_advantages.py asked its trainers)
+
+
+@pytest.fixture(scope="module")
+def trl() -> dict[str, Any]:
+    return json.loads(Path(__file__).with_name("trl_advantages.json").read_text(encoding="utf-8"))
+
+
+def columns(steps: list[dict[str, list[float]]], samples: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    groups = torch.arange(len(steps[0]["rewards"])) // samples
+    # TRL holds rewards in float32.
+    return [
+        (torch.tensor(s["rewards"]).double(), groups, torch.tensor(s["advantages"], dtype=torch.float64)) for s in steps
+    ]
+
+
+def test_centred_groups_equal_trl(trl):
+    for rewards, groups, theirs in columns(trl["grpo_unscaled"], trl["samples"]):
+        torch.testing.assert_close(group_advantages(rewards, groups, scale=False), theirs, rtol=1e-5, atol=5e-5)
+
+
+def test_leave_one_out_equals_trl(trl):
+    for rewards, groups, theirs in columns(trl["rloo"], trl["samples"]):
+        torch.testing.assert_close(rewards - leave_one_out(rewards, groups), theirs, rtol=1e-5, atol=5e-5)
+
+
+def test_scaled_groups_equal_trl_but_for_its_divisor(trl):
+    """TRL divides by the deviation over count - 1, plus 1e-4; we by the population's. Theirs follows from ours."""
+    count = trl["samples"]
+    for rewards, groups, theirs in columns(trl["grpo"], count):
+        ours = group_advantages(rewards, groups)
+        deviation = rewards.view(-1, count).std(1, correction=0).repeat_interleave(count)
+        same = ours * deviation / (deviation * (count / (count - 1)) ** 0.5 + 1e-4)
+        torch.testing.assert_close(same, theirs, rtol=1e-5, atol=1e-4)
