@@ -1,10 +1,14 @@
 """Attention over a packed batch, plugged into any Hugging Face model through its attention registry.
 
-Owns: which packed rows see which. Does not know the model around it, losses or devices other than by tensors.
+Owns: which packed rows see which, and in what form a device is told. Does not know the model around it or losses.
 
-Each prefix sees itself causally; each tail sees its prefix whole and itself causally. Small families (a
-prefix and its tails) go through one masked call; large ones through one call a segment, so that no mask grows
-with the square of a family. Exact in both forms. Works without FlashAttention, on CPU and GPU.
+Each prefix sees itself causally; each tail sees its prefix whole and itself causally. A prefix with a single tail is
+one plain causal sequence. Small families (a prefix and its tails) go through one masked call; large ones through one
+call a segment, so that no mask grows with the square of a family. Exact in all forms, and on a CPU that is all.
+
+On a GPU those calls are too many, and a mask sends grouped heads to the kernel that keeps all scores: there a batch of
+more than one sequence goes through one call a layer (`attention_flex.py`), and a single sequence through one plain
+causal call, which needs no mask. Works without FlashAttention.
 
 Legend: T packed rows, L rows of a query piece, K rows its keys come from, H heads, D head size.
 """
@@ -15,10 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from rollcast_learners import attention_flex
 from rollcast_learners.batch import Batch
 
 NAME = "rollcast_packed"
@@ -46,16 +52,24 @@ class Packing:
         return [piece.length for piece in self.pieces]
 
 
-def packing_of(batch: Batch, dtype: torch.dtype, device: torch.device) -> Packing:
-    """Turns the batch's tables into attention calls."""
+def packing_of(batch: Batch, dtype: torch.dtype, device: torch.device) -> Packing | BlockMask:
+    """Turns the batch's tables into attention calls, in the form that suits the device."""
+    one_sequence = len(batch.prefix_length_P) == 1 and np.count_nonzero(batch.tail_length_S) <= 1
+    if device.type == "cuda" and not one_sequence:
+        return attention_flex.block_mask(batch, device)
+    return pieces_of(batch, dtype, device)
+
+
+def pieces_of(batch: Batch, dtype: torch.dtype, device: torch.device) -> Packing:
+    """One call a family, or one a segment."""
     pieces: list[Piece] = []
     tails_of = np.split(
         batch.tail_length_S, np.searchsorted(batch.tail_prefix_S, np.arange(1, len(batch.prefix_length_P)))
     )
     for prefix_length, tail_lengths in zip(batch.prefix_length_P.tolist(), tails_of, strict=True):
         lengths = [int(n) for n in tail_lengths if n > 0]
-        if not lengths:
-            pieces.append(Piece(prefix_length, (len(pieces),), None))
+        if len(lengths) <= 1:
+            pieces.append(Piece(prefix_length + sum(lengths), (len(pieces),), None))
         elif prefix_length + sum(lengths) <= LARGEST_MASKED_FAMILY:
             seen = family_mask(prefix_length, lengths)
             pieces.append(Piece(len(seen), (len(pieces),), additive(seen, dtype, device)))
@@ -94,11 +108,13 @@ def packed_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    packing: Packing,
+    packing: Packing | BlockMask,
     scaling: float | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls in every layer; (1, H, T, D) in, (1, T, H, D) out."""
+    if not isinstance(packing, Packing):
+        return attention_flex.attend(query, key, value, packing, scaling).transpose(1, 2), None
     lengths = packing.lengths
     # Split and cat, not slices: the gradient of a slice is a zero tensor as large as the whole batch.
     queries, keys, values = (tensor.split_with_sizes(lengths, 2) for tensor in (query, key, value))

@@ -14,10 +14,14 @@ Precision: matrix products in the dtype of `hidden` (or of autocast), everything
 (float64 for float64), the weight's gradient accumulated over chunks in float32 and returned in the weight's
 own dtype, so that float32 master weights under autocast receive it without a last rounding.
 
+Backends: `chunked` is the form above, in torch alone, anywhere; `triton` is the same on NVIDIA GPUs with its own
+kernels between the products (`head_triton.py`, imported only when asked for); `naive` keeps all logits, as a yardstick.
+
 Legend for shapes: T tokens, V vocabulary, D hidden; C rows of a chunk, R rows of a tile.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -34,7 +38,7 @@ VOCABULARY_BLOCK = 16384
 """Rows of the weight's gradient added at a time: adding bfloat16 to float32 first copies the block."""
 
 
-Backend = Literal["chunked", "naive"]
+Backend = Literal["chunked", "naive", "triton"]
 
 
 class Scores(NamedTuple):
@@ -63,24 +67,46 @@ def scores(
 ) -> Scores:
     """`logprobs_and_entropy`, and beside them the normaliser; differentiable once, through all three.
 
-    `naive` builds the logits of all rows at once: the yardstick.
+    `naive` builds the logits of all rows at once: the yardstick. Raises `ValueError` for `triton` without a GPU.
     """
     _check_arguments(hidden_TD, weight_VD, targets_T, temperature)
     if backend == "naive":
         return _naive(hidden_TD, weight_VD, targets_T.long(), temperature)
-    arguments = hidden_TD, weight_VD, targets_T.long(), temperature, _product_dtype(hidden_TD)
-    found = cast(tuple[Tensor, Tensor, Tensor], _ChunkedHead.apply(*arguments))  # type: ignore[no-untyped-call]
+    passes = _passes(backend, hidden_TD.device)
+    arguments = hidden_TD, weight_VD, targets_T.long(), temperature, _product_dtype(hidden_TD), passes
+    found = cast(tuple[Tensor, Tensor, Tensor], _RecomputedHead.apply(*arguments))  # type: ignore[no-untyped-call]
     return Scores(*found)
 
 
+class Passes(NamedTuple):
+    """The two halves of a backend that keeps no logits from one for the other."""
+
+    score: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+    """Log-probability, entropy and normaliser of every row."""
+    accumulate: Callable[[Tensor, Tensor, "LogitGradient", float, Tensor | None, Tensor | None], None]
+    """The backward pass, into those gradients that are wanted."""
+
+
+def _passes(backend: Backend, device: torch.device) -> Passes:
+    if backend == "chunked":
+        return Passes(_score, _accumulate)
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f'head "triton" needs an NVIDIA GPU, and the hidden states are on {device}: set learner.head to "chunked"'
+        )
+    from rollcast_learners import head_triton  # Here, since Triton comes with CUDA builds of torch only.
+
+    return Passes(head_triton.score, head_triton.accumulate)
+
+
 def _naive(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, temperature: float) -> Scores:
-    logits_TV = (hidden_TD @ weight_VD.T).to(_reduction_dtype(hidden_TD.dtype)) / temperature
+    logits_TV = (hidden_TD @ weight_VD.T).to(reduction_dtype(hidden_TD.dtype)) / temperature
     logprobs_TV = logits_TV.log_softmax(-1)
     entropy_T = -(logprobs_TV.exp() * logprobs_TV).sum(-1)
     return Scores(_picked(logprobs_TV, targets_T), entropy_T, logits_TV.logsumexp(-1))
 
 
-class _ChunkedHead(torch.autograd.Function):
+class _RecomputedHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -89,12 +115,13 @@ class _ChunkedHead(torch.autograd.Function):
         targets_T: Tensor,
         temperature: float,
         dtype: torch.dtype,
+        passes: Passes,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.accumulate = temperature, passes.accumulate
         ctx.dtypes = hidden_TD.dtype, weight_VD.dtype
         hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
-        logprobs_T, entropy_T, normaliser_T = _score(hidden_TD, weight_VD, targets_T, temperature)
+        logprobs_T, entropy_T, normaliser_T = passes.score(hidden_TD, weight_VD, targets_T, temperature)
         ctx.save_for_backward(hidden_TD, weight_VD, targets_T, entropy_T, normaliser_T)
         return logprobs_T, entropy_T, normaliser_T
 
@@ -109,23 +136,25 @@ class _ChunkedHead(torch.autograd.Function):
         wants_hidden, wants_weight, *_ = ctx.needs_input_grad
         grad_hidden_TD = torch.zeros_like(hidden_TD) if wants_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=normaliser_T.dtype) if wants_weight else None
-        _accumulate(hidden_TD, weight_VD, gradient, ctx.temperature, grad_hidden_TD, grad_weight_VD)
+        ctx.accumulate(hidden_TD, weight_VD, gradient, ctx.temperature, grad_hidden_TD, grad_weight_VD)
         hidden_dtype, weight_dtype = ctx.dtypes
-        return _cast(grad_hidden_TD, hidden_dtype), _cast(grad_weight_VD, weight_dtype), None, None, None
+        return _cast(grad_hidden_TD, hidden_dtype), _cast(grad_weight_VD, weight_dtype), None, None, None, None
 
 
-class _LogitGradient(NamedTuple):
+class LogitGradient(NamedTuple):
     """`d loss / d logit_v = chosen_T [v = target] - softmax_v (constant_T + slope_T logit_v)`, before the
     temperature is divided out of the logits; `slope_T` is None when the entropy takes no part in the loss."""
 
     targets_T: Tensor
+    normaliser_T: Tensor
     chosen_T: Tensor
     constant_T: Tensor
     slope_T: Tensor | None
 
-    def rows(self, rows: slice) -> "_LogitGradient":
+    def rows(self, rows: slice) -> "LogitGradient":
         slope_T = None if self.slope_T is None else self.slope_T[rows]
-        return _LogitGradient(self.targets_T[rows], self.chosen_T[rows], self.constant_T[rows], slope_T)
+        columns = self.targets_T[rows], self.normaliser_T[rows], self.chosen_T[rows], self.constant_T[rows]
+        return LogitGradient(*columns, slope_T)
 
 
 def _score(
@@ -133,11 +162,11 @@ def _score(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability, entropy and normaliser (log sum exp) of every row, a tile at a time."""
     tokens, vocabulary = len(hidden_TD), len(weight_VD)
-    exact = _reduction_dtype(hidden_TD.dtype)
+    exact = reduction_dtype(hidden_TD.dtype)
     logprobs_T, entropy_T, normaliser_T = (hidden_TD.new_empty(tokens, dtype=exact) for _ in range(3))
     product_RV = hidden_TD.new_empty(min(TILE_ROWS, tokens), vocabulary)
     logits_RV, logprobs_RV = (torch.empty_like(product_RV, dtype=exact) for _ in range(2))
-    for rows in _spans(tokens, TILE_ROWS):
+    for rows in spans(tokens, TILE_ROWS):
         size = rows.stop - rows.start
         product, logits, logprobs = product_RV[:size], logits_RV[:size], logprobs_RV[:size]
         torch.mm(hidden_TD[rows], weight_VD.T, out=product)
@@ -157,21 +186,22 @@ def _logit_gradient(
     entropy_T: Tensor,
     normaliser_T: Tensor,
     temperature: float,
-) -> _LogitGradient:
+) -> LogitGradient:
     """`d logprob / d z_v = [v = target] - p_v`, `d entropy / d z_v = -p_v (log p_v + entropy)`, and that of the
     normaliser is `p_v`."""
     chosen_T = torch.zeros_like(entropy_T) if grad_logprobs_T is None else grad_logprobs_T / temperature
     constant_T = chosen_T if grad_normaliser_T is None else chosen_T - grad_normaliser_T / temperature
     if grad_entropy_T is None:
-        return _LogitGradient(targets_T, chosen_T, constant_T, None)
+        return LogitGradient(targets_T, normaliser_T, chosen_T, constant_T, None)
     slope_T = grad_entropy_T / temperature
-    return _LogitGradient(targets_T, chosen_T, constant_T + slope_T * (entropy_T - normaliser_T), slope_T)
+    constant_T = constant_T + slope_T * (entropy_T - normaliser_T)
+    return LogitGradient(targets_T, normaliser_T, chosen_T, constant_T, slope_T)
 
 
 def _accumulate(
     hidden_TD: Tensor,
     weight_VD: Tensor,
-    gradient: _LogitGradient,
+    gradient: LogitGradient,
     temperature: float,
     grad_hidden_TD: Tensor | None,
     grad_weight_VD: Tensor | None,
@@ -179,24 +209,24 @@ def _accumulate(
     """The backward pass, into those gradients that are wanted: logits again, their gradient, two products."""
     tokens, vocabulary = len(hidden_TD), len(weight_VD)
     chunk_CV = hidden_TD.new_empty(min(CHUNK_ROWS, tokens), vocabulary)
-    exact = _reduction_dtype(hidden_TD.dtype)
+    exact = reduction_dtype(hidden_TD.dtype)
     tiles = [chunk_CV.new_empty(min(TILE_ROWS, tokens), vocabulary, dtype=exact)]
     if gradient.slope_T is not None:
         tiles.append(torch.empty_like(tiles[0]))
-    for rows in _spans(tokens, CHUNK_ROWS):
+    for rows in spans(tokens, CHUNK_ROWS):
         logits_CV = chunk_CV[: rows.stop - rows.start]
         torch.mm(hidden_TD[rows], weight_VD.T, out=logits_CV)
         _replace_by_gradient(logits_CV, gradient.rows(rows), temperature, tiles)
         if grad_hidden_TD is not None:
             torch.mm(logits_CV, weight_VD, out=grad_hidden_TD[rows])
         if grad_weight_VD is not None:
-            _add_product(grad_weight_VD, logits_CV, hidden_TD[rows])
+            add_product(grad_weight_VD, logits_CV, hidden_TD[rows])
 
 
-def _replace_by_gradient(logits_CV: Tensor, gradient: _LogitGradient, temperature: float, tiles: list[Tensor]) -> None:
+def _replace_by_gradient(logits_CV: Tensor, gradient: LogitGradient, temperature: float, tiles: list[Tensor]) -> None:
     """Overwrites logits by the loss's gradient with respect to them, a tile at a time."""
-    for rows in _spans(len(logits_CV), TILE_ROWS):
-        targets_R, chosen_R, constant_R, slope_R = gradient.rows(rows)
+    for rows in spans(len(logits_CV), TILE_ROWS):
+        targets_R, _, chosen_R, constant_R, slope_R = gradient.rows(rows)
         tile_RV, *spare = (tile[: rows.stop - rows.start] for tile in tiles)
         _tempered(logits_CV[rows], temperature, out_RV=tile_RV)
         factor_RV = constant_R[:, None]
@@ -208,8 +238,13 @@ def _replace_by_gradient(logits_CV: Tensor, gradient: _LogitGradient, temperatur
         logits_CV[rows].copy_(tile_RV)
 
 
-def _add_product(grad_weight_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
-    for block in _spans(len(grad_weight_VD), VOCABULARY_BLOCK):
+def add_product(grad_weight_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
+    """`grad_weight += grad^T hidden`, the sum in the gradient's own dtype."""
+    if grad_CV.is_cuda and grad_weight_VD.dtype != grad_CV.dtype:
+        # cuBLAS adds to float32 as it multiplies: nothing is rounded to bfloat16 or written twice.
+        torch.addmm(grad_weight_VD, grad_CV.T, hidden_CD, out_dtype=grad_weight_VD.dtype, out=grad_weight_VD)
+        return
+    for block in spans(len(grad_weight_VD), VOCABULARY_BLOCK):
         grad_weight_VD[block] += grad_CV[:, block].T @ hidden_CD
 
 
@@ -223,7 +258,7 @@ def _picked(values_RV: Tensor, targets_R: Tensor) -> Tensor:
     return values_RV.gather(-1, targets_R[:, None]).squeeze(-1)
 
 
-def _spans(total: int, size: int) -> Iterator[slice]:
+def spans(total: int, size: int) -> Iterator[slice]:
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
 
@@ -233,7 +268,7 @@ def _product_dtype(hidden_TD: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TD.dtype
 
 
-def _reduction_dtype(dtype: torch.dtype) -> torch.dtype:
+def reduction_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

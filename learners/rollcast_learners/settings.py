@@ -38,8 +38,8 @@ class LearnerSettings(Settings):
     """Packed rows in one forward pass: bounds memory, changes no result."""
     activation_checkpointing: bool = False
     """Whether layers keep only their inputs and are computed again: about a third more work for far less memory."""
-    head: Literal["chunked", "naive"] = "chunked"
-    """How log-probabilities are made: in chunks that never hold all logits, or plainly, as a yardstick."""
+    head: Literal["chunked", "naive", "triton"] = "chunked"
+    """How log-probabilities are made: in chunks; the same by Triton kernels (NVIDIA GPU); or plainly, a yardstick."""
     learning_rate: float = Field(default=3e-5, gt=0)
     """AdamW's learning rate for the language model."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -217,6 +217,9 @@ class LearnerSection(LearnerSettings):
         if self.critic == "none" and self.on_length == "bootstrap":
             why = "without a critic there is no value to bootstrap from"
             raise refusal("learner.on_length", why, 'use "zero" or "mask", or learner.critic = "head"')
+        if self.head == "triton" and not self.gpus_per_learner:
+            why = '"triton" is made of kernels for an NVIDIA GPU, and learner.gpus_per_learner = 0'
+            raise refusal("learner.head", why, 'set it to "chunked", or learner.gpus_per_learner to 1')
         return self
 
 
