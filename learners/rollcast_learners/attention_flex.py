@@ -117,4 +117,5 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: 
 def _compiled() -> Any:
     # `fullgraph`: if torch gives up on compiling, it shall say so, not fall back to the form that keeps all scores.
     # The limit counts forms, not batches: with and without gradient, one block or more, each dtype and head size.
-    return torch.compile(flex_attention, fullgraph=True, recompile_limit=64)
+    # Its overloads, which mypy reads, do not know `recompile_limit` yet.
+    return torch.compile(flex_attention, fullgraph=True, recompile_limit=64)  # type: ignore[call-overload]
