@@ -14,8 +14,8 @@ from typing import Any
 
 from rollcast_envs.data.tools import FIELDS, Country, countries_by_name, found_by, load_countries
 from rollcast_envs.rewards import exact_match, token_f1
-from rollcast_envs.splits import Split, position, split_of, valid_split
-from rollcast_envs.tasks.multi_turn import MultiTurnTask, few_shot_examples, one_of
+from rollcast_envs.splits import in_split, portion_named, position
+from rollcast_envs.tasks.multi_turn import MultiTurnTask, few_shot_examples, one_of, some
 from rollcast_envs.tools import CalculationError, Call, Parsed, calculate, parse_calls
 
 KINDS = ("density", "difference", "sum", "capital")
@@ -178,10 +178,11 @@ class ToolQAEnv(MultiTurnTask):
     """
 
     tools = (LOOKUP, CALCULATE)
+    folds = True
 
     def __init__(
         self,
-        split: Split = "train",
+        split: str = "train",
         kinds: Sequence[str] | None = None,
         max_turns: int = 6,
         tool_prompt: bool = True,
@@ -192,11 +193,11 @@ class ToolQAEnv(MultiTurnTask):
         if max_turns < 1:
             raise ValueError(f"max_turns is {max_turns}; expected 1 or more")
         self.kinds = _valid_kinds(kinds)
-        self.questions = questions_of(valid_split(split), self.kinds)
+        self.questions = questions_of(split, self.kinds)
         self.size = len(self.questions)
         self.max_turns = max_turns
         self.system_prompt = "\n\n".join(part for part in (system_prompt, TOOL_PROMPT * tool_prompt) if part) or None
-        self.few_shot = few_shot_examples(few_shot, lambda: ToolQAEnv("train", kinds))
+        self.few_shot = few_shot_examples(few_shot, lambda: ToolQAEnv(portion_named(split).training, kinds))
         self.question = self.questions[0]
         self.progress = Progress()
 
@@ -367,10 +368,11 @@ def written(name: str, **arguments: str) -> str:
 
 
 @cache
-def questions_of(split: Split, kinds: tuple[str, ...] = KINDS) -> tuple[Question, ...]:
-    """The questions of a split, shuffled once and for all, so that every prefix mixes the kinds."""
-    countries = [country for country in load_countries() if split_of(country.group) == split]
-    questions = [question for kind in kinds for question in questions_on(kind, countries)]
+def questions_of(split: str, kinds: tuple[str, ...] = KINDS) -> tuple[Question, ...]:
+    """The questions of a split or of a part of train, shuffled for good, so that every prefix mixes the kinds."""
+    countries = [country for country in load_countries() if in_split(country.group, split)]
+    of_kinds = (some(questions_on(kind, countries), f"questions of {kind}", split) for kind in kinds)
+    questions = [question for found in of_kinds for question in found]
     return tuple(sorted(questions, key=lambda question: position(question.id)))
 
 
@@ -380,7 +382,7 @@ def questions_on(kind: str, countries: Sequence[Country]) -> list[Question]:
         fair = (country for country in countries if country.population / country.area >= SMALLEST_DENSITY)
         return [Question(kind, (country,)) for country in fair]
     pairs = fair_pairs(tuple(countries))
-    start = PER_KIND * KINDS.index(kind) % len(pairs)
+    start = PER_KIND * KINDS.index(kind) % max(len(pairs), 1)
     turned = [*pairs[start:], *pairs[:start]]
     known = [pair for pair in turned if kind != "capital" or all(country.capitals for country in pair)]
     return [Question(kind, pair) for pair in known[:PER_KIND]]
