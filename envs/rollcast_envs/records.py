@@ -4,7 +4,8 @@ Owns: which records a split has, in which order, and the index of a file, made o
 formats (`sources.py`), nor how a column is found and checked (`fields.py`).
 
 Splits, the first that applies: the file given for the split, the column `split`, the hash of the column `group`, the
-hash of the first required text. So all records that ask the same are in one split.
+hash of the first required text. So all records that ask the same are in one split. For k-fold validation, train is cut
+into parts by the hash of the column `group`, or of that text, whatever decided the split.
 """
 
 import warnings
@@ -20,12 +21,13 @@ from rollcast_envs.errors import DataError
 from rollcast_envs.fields import COMMON, Fault, Field, Form, Record, check_texts, form_of, label, no_column
 from rollcast_envs.formats import Source
 from rollcast_envs.sources import Located, locate, split_named
-from rollcast_envs.splits import SPLITS, Split, position, split_of
+from rollcast_envs.splits import SPLITS, Portion, Split, fold_mark, portion_named, position, split_of
 
 __all__ = ["COMMON", "Field", "Record", "Records", "open_records"]
 
 ALL = len(SPLITS)
 Numbers = npt.NDArray[np.int64]
+Marks = npt.NDArray[np.uint64]
 
 
 class Records(Sequence[Record]):
@@ -47,7 +49,7 @@ class Records(Sequence[Record]):
 
 
 def open_records(
-    data: str | Mapping[str, str], wanted: Sequence[Field], *, split: Split, fields: Mapping[str, str] | None = None
+    data: str | Mapping[str, str], wanted: Sequence[Field], *, split: str, fields: Mapping[str, str] | None = None
 ) -> Records:
     """The records of `split`, each a dict of JSON values.
 
@@ -58,20 +60,22 @@ def open_records(
         data: a file (.jsonl, .ndjson, .csv, .tsv, .parquet, or .json in SQuAD's format or as a list of objects), a
             Hugging Face data set ("org/name" or "org/name:config"), or one of these for each split by its name.
         wanted: what the task needs.
-        split: which records.
+        split: which records: train, validation or test, or a part of train (`splits.portion_named`).
         fields: task's name -> column, or path to it as "answers.text"; also for `id`, `group`, `split` and `kind`.
 
     Raises:
         DataError: when the data cannot be read as wanted, or the split has no records.
+        ValueError: for a name that is no split.
 
     Warns:
         UserWarning: once a file, when something is odd but could be read.
     """
     form = form_of(wanted, fields)
-    index = _index(locate(data, split), form)
-    numbers = index.numbers(split)
+    portion = portion_named(split)
+    index = _index(locate(data, portion.split), form)
+    numbers = index.numbers(portion)
     if not len(numbers):
-        raise index.empty(split)
+        raise index.empty(portion)
     return Records(_OnDisk(index, numbers, (data, tuple(wanted), split, fields)))
 
 
@@ -93,7 +97,7 @@ class _OnDisk(Sequence[Record]):
         return _open_again, self._opened
 
 
-def _open_again(data: Any, wanted: Sequence[Field], split: Split, fields: Mapping[str, str] | None) -> Sequence[Record]:
+def _open_again(data: Any, wanted: Sequence[Field], split: str, fields: Mapping[str, str] | None) -> Sequence[Record]:
     return open_records(data, wanted, split=split, fields=fields)._records
 
 
@@ -105,6 +109,7 @@ class Index:
 
     def __init__(self, source: Source, form: Form, own: bool) -> None:
         self._source, self._form, self._own = source, form, own
+        self._marks: Marks | None = None
         self._again: frozenset[int] = frozenset()
         """Rows whose id an earlier row has."""
         positions, splits = self._pass()
@@ -114,9 +119,10 @@ class Index:
         if source.notes:
             warnings.warn(f"{source.name}: {'; '.join(source.notes.values())}", UserWarning, stacklevel=2)
 
-    def numbers(self, split: Split) -> Numbers:
-        """The numbers of the rows of `split`, in its order."""
-        return self._numbers[ALL if self._own else SPLITS.index(split)]
+    def numbers(self, portion: Portion) -> Numbers:
+        """The numbers of the rows of `portion`, in its order."""
+        whole = self._of_split(portion.split)
+        return whole if portion.parts == 1 else whole[portion.takes(self._marks_of_train())]
 
     def record(self, number: int) -> Record:
         """The record of row `number`. Raises `DataError` if the file was changed meanwhile."""
@@ -127,13 +133,40 @@ class Index:
             raise fault.at(self._source.at(number)) from None
         return record | {"id": f"{record['id']}#{number + 1}"} if number in self._again else record
 
-    def empty(self, split: Split) -> DataError:
-        """That `split` has no records: how many there are, and where."""
+    def empty(self, portion: Portion) -> DataError:
+        """That `portion` has no records: how many there are, and where."""
+        if portion.parts > 1 and len(train := self._of_split("train")):
+            groups = len(np.unique(self._marks_of_train()))
+            why = f"has {len(train)} rows of {groups} groups in train, and part {portion.part} of {portion.parts} is "
+            why += "empty" if portion.inside else "all of it"
+            return DataError(self._source.name, why, "cut train into fewer parts, or add rows")
+        split = portion.split
         counts = [(len(self._numbers[code]), name) for code, name in enumerate(SPLITS)]
         total, spread = sum(count for count, _ in counts), ", ".join(f"{name} {count}" for count, name in counts)
         why = f"has no records for {split!r}: of its {total} rows, by split, {spread}"
         fix = 'give a file for each split, as {"train": ..., "validation": ...}, add a column `split`, or add rows'
         return DataError(self._source.name, why, fix)
+
+    def _of_split(self, split: Split) -> Numbers:
+        return self._numbers[ALL if self._own else SPLITS.index(split)]
+
+    def _marks_of_train(self) -> Marks:
+        """By place in train, the mark of the row's group. They cost a look at every row: only folds ask for them."""
+        if self._marks is None:
+            train = self._of_split("train")
+            found = {number: fold_mark(self._group_of(number)) for number in sorted(train.tolist())}
+            self._marks = np.array([found[number] for number in train.tolist()], np.uint64)
+        return self._marks
+
+    def _group_of(self, number: int) -> str:
+        try:
+            return self._group(self.record(number))
+        except Fault as fault:
+            raise fault.at(self._source.at(number)) from None
+
+    def _group(self, record: Record) -> str:
+        """What records that belong together have in common."""
+        return label(record, "group") or self._form.asked(record) or str(record["id"])
 
     def _record(self, row: Record, number: int) -> Record:
         record = self._form.record(row, plain=self._source.plain)
@@ -167,7 +200,7 @@ class Index:
             return ALL
         name = label(record, "split")
         if name is None and not by_column:
-            return SPLITS.index(split_of(label(record, "group") or self._form.asked(record) or record["id"]))
+            return SPLITS.index(split_of(self._group(record)))
         if name is None or not by_column:
             why = "is in some rows but not here" if by_column else "is here but not in the rows before"
             raise Fault("split", why, "fill it in on every row, or on none")

@@ -144,6 +144,9 @@ class TextEnv(gymnasium.Env[str, str]):
     choices: Sequence[str] | None = None
     """All answers there are, where they can be listed; an evaluation may restrict the policy to them."""
 
+    folds: bool = False
+    """Whether `split` may also name a part of train, as k-fold validation does (`splits.portion_named`)."""
+
     _episode_open = False
 
     def __init__(self, *, max_length: int = MAX_LENGTH) -> None:

@@ -190,7 +190,7 @@ def demo(
     context: typer.Context,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Where all chance starts from.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Learner steps.")] = None,
-    run: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run and of its folder.")] = None,
+    run: RunName = None,
 ) -> None:
     """Watch a small instruct model learn to answer questions, in about ten minutes on two CPU cores.
 
@@ -204,6 +204,10 @@ def demo(
 Runs = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run below ./runs (or --run.dir), or its folder.")]
 Policies = Annotated[
     str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run, or a folder checkpoints/step_N of one.")
+]
+Which = Annotated[
+    Literal["best", "last"] | None,
+    typer.Option(help="Of a run: the best policy or the last one (default: best where one is recorded, else last)."),
 ]
 
 
@@ -259,7 +263,7 @@ def rollouts(
         bool, typer.Option("--follow", help="Go on with each step as it comes, until the run ends.")
     ] = False,
     tokens: Annotated[
-        bool, typer.Option("--tokens", help="Token by token: log-probabilities, value, advantage, and what it learned.")
+        bool, typer.Option("--tokens", help="Token by token: probabilities, value, advantage, and how it was pushed.")
     ] = False,
     page: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="With --tokens: write a page for the browser instead.")
@@ -290,12 +294,7 @@ def export(
     context: typer.Context,
     policy: Policies,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write; it is new or empty.")],
-    which: Annotated[
-        Literal["best", "last"] | None,
-        typer.Option(
-            help="Of a run: the best policy or the last one (default: best where one is recorded, else last)."
-        ),
-    ] = None,
+    which: Which = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a policy as a plain Hugging Face folder, which transformers and vLLM load.
@@ -331,10 +330,7 @@ def evaluate(
     sampled: Annotated[
         int, typer.Option(min=0, metavar="K", help="Also K sampled answers to each question: avg@k and pass@k.")
     ] = 0,
-    which: Annotated[
-        Literal["best", "last"] | None,
-        typer.Option(help="Of a run: the best policy or the last one (default: best where one is recorded)."),
-    ] = None,
+    which: Which = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a saved policy on a split: greedy answers, played in this process with the run's engine.

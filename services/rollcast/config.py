@@ -366,6 +366,13 @@ class RunConfig(Section):
         if self.tune.metric is not None and self.tune.metric.partition("/")[0] not in [env.label for env in self.env]:
             why = f"{self.tune.metric!r} names none of the environments: {', '.join(env.label for env in self.env)}"
             raise refusal("tune.metric", why, f'write ENVIRONMENT/METRIC, such as "{self.env[0].label}/reward"')
+        for number, env in enumerate(self.env):
+            if self.tune.folds > 1 and "split" in env.kwargs:
+                why = "tune.folds trains on parts of the train split"
+                raise refusal(f"env.{number}.kwargs.split", why, "remove it, or set tune.folds to 0")
+        if self.tune.folds > 1 and self.eval.patience:
+            why = "tune.folds compares all folds at the same steps, so none may stop early"
+            raise refusal("eval.patience", why, "set it to 0, or tune.folds to 0")
 
     def _check_adapter(self) -> None:
         if self.published_kind == "adapter" and self.rollout.engine == "vllm" and self.lora.rank > MOST_RANK:

@@ -3,12 +3,16 @@
 Owns: its keys and which of them contradict each other. Does not know how trials are run (`tune.py`).
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rollcast.section import AtLeastOne, Section, refusal
+from rollcast.section import AtLeastOne, NotNegative, Section, refusal
+
+NOT_WITH_FOLDS = re.compile(r"eval\.split|env\.\d+\.kwargs\.split|run\.steps|tune\..*")
+"""Settings that folds make themselves, and those without which they could not be compared."""
 
 
 class Span(Section):
@@ -37,6 +41,8 @@ class TuneSection(Section):
     """The figure to raise, such as `QA-v0/f1`; without it eval.best_metric, or else the first environment's reward."""
     seeds: AtLeastOne = 1
     """Runs of each combination, with one seed after the other; their mean counts (not with asha)."""
+    folds: NotNegative = 0
+    """Parts of train for k-fold validation: a run for each, trained on the others, measured on it; 0 or 1: none."""
 
     @field_validator("space", mode="before")
     @classmethod
@@ -66,6 +72,9 @@ class TuneSection(Section):
             raise refusal("tune.search", why, 'list values there, or set it to "random" or "asha"')
         if self.search == "asha" and self.seeds > 1:
             raise refusal("tune.seeds", "asha judges a trial before its end, one run at a time", "set it to 1")
+        if self.folds > 1 and (chosen := next(filter(NOT_WITH_FOLDS.fullmatch, self.space), None)):
+            why = f"{chosen} cannot vary: tune.folds chooses the splits, and compares all runs at the same steps"
+            raise refusal("tune.space", why, "leave it out of the space")
         return self
 
 

@@ -61,8 +61,12 @@ def _prompts_of(number: int, env: EnvSection, settings: EvalSection) -> list[Pro
 
 def on_split(env: EnvSection, split: str) -> dict[str, Any]:
     """The environment's arguments for `split`, if it has splits at all."""
-    has_splits = "split" in inspect.signature(creator_of(env.id)).parameters
-    return {**env.kwargs, "split": split} if has_splits else dict(env.kwargs)
+    return {**env.kwargs, "split": split} if takes_split(env) else dict(env.kwargs)
+
+
+def takes_split(env: EnvSection) -> bool:
+    """Whether the environment has an argument `split`. Raises `ConfigError` for an id that nobody registered."""
+    return "split" in inspect.signature(creator_of(env.id)).parameters
 
 
 def made_once(env: EnvSection, kwargs: Mapping[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """`rollcast rollouts`: what was played for a step, as a table or as lines of JSON, and what is played from now on.
 
 Owns: choosing recorded episodes, and showing them whole. Does not know who recorded them (`records.py` has the schema),
-nor how one is shown token by token (`token_view.py`).
+nor how one is shown token by token (`token_view.py`, `token_page.py`).
 """
 
 import json
@@ -49,7 +49,8 @@ def rollouts_by_token(run: RunDir, step: int | None, limit: int | None, page: Pa
     """
     from rollcast.chat import ChatCodec
     from rollcast.config_file import load_config
-    from rollcast.token_view import samples_of, show, to_page
+    from rollcast.token_page import to_page
+    from rollcast.token_view import samples_of, show
 
     path = _file_of(run, step)
     default = SHOWN_BY_TOKEN if page is None else SHOWN
@@ -58,7 +59,7 @@ def rollouts_by_token(run: RunDir, step: int | None, limit: int | None, page: Pa
         why = f"{path} was written before rollcast kept what the learner made of each token."
         raise UsageError(f"{run.path.name} has no token details.", why, "Train on, and ask for a newer step.")
     tokenizer = ChatCodec.of(load_config(run.config).model).tokenizer
-    samples = samples_of(records_shown, lambda number: str(tokenizer.decode([number])))
+    samples = samples_of(records_shown, lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
     number = records.step_of(path)
     if page is None:
         show(samples, number, console)

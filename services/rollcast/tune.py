@@ -1,7 +1,7 @@
 """`rollcast tune`: a search over settings on Ray Tune; each trial is a run of `rollcast train` like any other.
 
 Owns: the search space as Ray Tune wants it, starting, hearing and ending the run of a trial, and the table and the plot
-of all trials. Does not know what a setting means or how a run learns.
+of all trials. Does not know what a setting means, how a run learns, or what folds are (`folds.py`).
 
 The folder of the search holds one run folder a trial, so that `rollcast status`, `rollouts` and `export` look into
 each. A trial reserves nothing of the cluster itself: its run asks for workers and learners.
@@ -28,14 +28,14 @@ from rollcast import cluster, metrics
 from rollcast.config import RunConfig
 from rollcast.config_file import load_config
 from rollcast.config_tune import Span
-from rollcast.display import table
+from rollcast.display import harmless, table
 from rollcast.errors import RunFailed, UsageError
-from rollcast.plot import trial_curves
+from rollcast.folds import Member, Point, members_of, outcome, parts_of, refuse_uncut
+from rollcast.plot import TrialCurve, trial_curves
 from rollcast.rundir import RunDir, write_atomic
 from rollcast.session import resolved
 
 Report = Callable[[str], None]
-Point = tuple[int, float]
 
 POLL_S = 0.5
 ENDS_WITHIN_S = 120.0
@@ -53,11 +53,18 @@ class Trial:
     state: str
     """`done`, `ended early`, or `failed: ...`."""
     best: float | None
+    """The highest figure of `points`: what trials are ranked by."""
     last: float | None
     seconds: float
     runs: list[str]
     points: list[Point] = field(repr=False)
-    """Step and figure at each evaluation; the mean over seeds where there are several."""
+    """Step and figure at each evaluation; the mean over folds, or seeds, where there are several."""
+    each: list[float | None] = field(default_factory=list)
+    """The figure of each fold, or without folds of each seed, at the best step; None for one that did not get there."""
+    spread: float | None = None
+    """Standard deviation of `each` (n - 1)."""
+    parts: str = ""
+    """What `each` is of: `fold`, `seed`, or nothing for a sole run."""
 
 
 def tune(config: RunConfig, folder: Path, report: Report) -> list[Trial]:
@@ -72,15 +79,16 @@ def tune(config: RunConfig, folder: Path, report: Report) -> list[Trial]:
     base = folder / "base.toml"
     base.write_text(resolved(config).to_toml(), encoding="utf-8")
     named = {f"trial{number:03d}": settings for number, settings in enumerate(combinations)}
-    for settings in named.values():  # What a run would refuse is told before the first one starts.
-        load_config(base, _overrides(settings))
+    # What a run would refuse is told before the first one starts.
+    refuse_uncut([load_config(base, _overrides(settings)) for settings in named.values()])
     report(f"{len(named)} trials of {', '.join(config.tune.space)}, by {metric}; runs are in {folder}")
     with cluster.connected(config) as address:
-        plan = Plan(str(base), str(folder), os.getcwd(), metric, address, config.run.steps, config.tune.seeds)
+        plan = Plan(str(base), str(folder), os.getcwd(), metric, address, config.run.steps, parts_of(config))
         trials = _searched(config, named, plan, report)
-    ranked = sorted(trials, key=lambda trial: -(trial.best if trial.best is not None else float("-inf")))
+    ranked = sorted(trials, key=_rank)
     write_atomic(folder / "trials.json", json.dumps([asdict(trial) for trial in ranked], indent=2) + "\n")
-    trial_curves([(_label(trial), trial.points) for trial in ranked], folder / "trials.png", config.run.name)
+    curves = [TrialCurve(_label(trial), trial.points, trial.best, trial.spread) for trial in ranked]
+    trial_curves(curves, folder / "trials.png", config.run.name, metric.removeprefix("eval/"))
     if all(trial.best is None for trial in ranked):
         raise RunFailed("Every trial failed.", ranked[0].state, f"Look at {folder}/{ranked[0].runs[0]}/logs.")
     return ranked
@@ -97,7 +105,13 @@ class Plan:
     metric: str
     address: str
     steps: int
-    seeds: int
+    parts: str
+    """As of a trial."""
+
+    @property
+    def last_step(self) -> int | None:
+        """The evaluation that a fold has to reach to count; None where runs count as far as they come."""
+        return self.steps if self.parts == "fold" else None
 
 
 def _metric(config: RunConfig) -> str:
@@ -150,11 +164,17 @@ def _searched(config: RunConfig, named: dict[str, dict[str, Any]], plan: Plan, r
 
     early = None
     if config.tune.search == "asha":
-        first = max(config.eval.every, 1)
-        early = ASHAScheduler(time_attr="step", max_t=config.run.steps + 1, grace_period=first, reduction_factor=2)
+        # Trials of folds are compared by the mean over as many complete ones, others at the same step.
+        time, first, last = ("step", config.eval.every, config.run.steps)
+        if plan.parts == "fold":
+            time, first, last = "folds", 1, config.tune.folds
+        early = ASHAScheduler(time_attr=time, max_t=last + 1, grace_period=first, reduction_factor=2)
     # Ray Tune starts a trial for each; the combinations are ours, so that every search draws the same way. A byte is
     # the least that a trial can reserve: the CPUs are for its run.
-    choices = [{"name": name, "settings": settings} for name, settings in named.items()]
+    members = {name: members_of(name, config) for name in named}
+    choices = [
+        {"name": name, "settings": s, "members": [asdict(m) for m in members[name]]} for name, s in named.items()
+    ]
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(_trainable(), {"cpu": 0, "memory": 1}),
         param_space={"trial": ray_tune.grid_search(choices), "plan": asdict(plan)},
@@ -167,7 +187,7 @@ def _searched(config: RunConfig, named: dict[str, dict[str, Any]], plan: Plan, r
     )
     results = tuner.fit()
     errors = {result.config["trial"]["name"]: str(result.error) for result in results if result.error is not None}
-    return [_trial(name, settings, plan, errors.get(name), config) for name, settings in named.items()]
+    return [_trial(name, settings, members[name], plan, errors.get(name)) for name, settings in named.items()]
 
 
 def _trainable() -> Any:
@@ -179,13 +199,14 @@ def _trainable() -> Any:
 
         def setup(self, config: dict[str, Any]) -> None:
             plan, trial = Plan(**config["plan"]), config["trial"]
-            self.runs = TrialRuns(plan, trial["name"], trial["settings"])
+            self.runs = TrialRuns(plan, [Member(**member) for member in trial["members"]], trial["settings"])
 
         def step(self) -> dict[str, Any]:
             point = self.runs.next_point()
+            judged = self.runs.judged()
             if point is None:
-                return {"figure": self.runs.figure, "step": self.runs.step, "done": True}
-            return {"step": point[0], "figure": point[1]}
+                return {**judged, "done": True}
+            return {**judged, "heard": {"run": self.runs.run, "step": point[0], "figure": point[1]}}
 
         def cleanup(self) -> None:
             self.runs.end()
@@ -199,24 +220,26 @@ def _told(named: Mapping[str, Any], metric: str, report: Report) -> Any:
 
     class Told(Callback):  # type: ignore[misc]
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any) -> None:
-            name = trial.config["trial"]["name"]
-            if not result.get("done"):
-                shown = ", ".join(f"{key} = {value}" for key, value in named[name].items())
-                figure = f"{metric.removeprefix('eval/')} {result['figure']:.3f}"
-                report(f"{name}  step {result['step']:>4}  {figure}  ({shown})")
+            heard = result.get("heard")
+            if heard is not None and not result.get("done"):
+                settings = named[trial.config["trial"]["name"]]
+                shown = ", ".join(f"{key} = {value}" for key, value in settings.items())
+                figure = f"{metric.removeprefix('eval/')} {heard['figure']:.3f}"
+                report(f"{heard['run']}  step {heard['step']:>4}  {figure}  ({shown})")
 
     return Told()
 
 
 class TrialRuns:
-    """The runs of one combination, a seed each: processes of `rollcast train`, heard through their metrics.jsonl."""
+    """The runs of one combination, one after the other: processes of `rollcast train`, heard through metrics.jsonl."""
 
-    def __init__(self, plan: Plan, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, plan: Plan, members: Sequence[Member], settings: Mapping[str, Any]) -> None:
         self.plan = plan
         self.settings = settings
+        self.members = members
+        self.run = ""
         self.step, self.figure = 0, float("-inf")
-        self._left = [name if plan.seeds == 1 else f"{name}-seed{seed}" for seed in range(plan.seeds)]
-        self._seed = -1
+        self._left = list(members)
         self._told_to = -1
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = Path(plan.folder) / "none yet"
@@ -237,15 +260,21 @@ class TrialRuns:
                 return None
             self._start(self._left.pop(0))
 
-    def _start(self, run: str) -> None:
-        self._seed += 1
-        self._told_to = -1
-        self._folder = Path(self.plan.folder) / run
+    def judged(self) -> dict[str, float]:
+        """What trials are compared by: the last evaluation, or with folds the mean over those that are complete."""
+        if self.plan.parts != "fold":
+            return {"step": self.step, "figure": self.figure}
+        found = outcome(self.members, curves_of(self.members, self.plan), self.plan.last_step, failed=False)
+        complete = sum(value is not None for value in found.each)
+        return {"folds": complete, "figure": self.figure if found.best is None else found.best}
+
+    def _start(self, member: Member) -> None:
+        self.run, self._told_to = member.run, -1
+        self._folder = Path(self.plan.folder) / member.run
         if any(row["step"] == self.plan.steps for row in metrics.read(RunDir(self._folder).metrics)):
             return  # Made by an earlier search: only its figures are told.
-        seed = [f"--run.seed={load_config(self.plan.base).run.seed + self._seed}"]
-        where = ["--run", run, f"--run.dir={self.plan.folder}"]
-        words = ["train", self.plan.base, *where, *seed, *_overrides(self.settings)]
+        where = ["--run", member.run, f"--run.dir={self.plan.folder}"]
+        words = ["train", self.plan.base, *where, *member.overrides, *_overrides(self.settings)]
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / "output.log").open("ab") as output:
             self._process = subprocess.Popen(
@@ -261,7 +290,8 @@ class TrialRuns:
         code, self._process = (self._process.returncode if self._process is not None else 0), None
         if code:
             tail = (self._folder / "output.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-4:]
-            raise RuntimeError(f"exit code {code}: {' | '.join(tail)}")
+            which = f"{self.run}: " if len(self.members) > 1 else ""
+            raise RuntimeError(f"{which}exit code {code}: {' | '.join(tail)}")
 
     def end(self) -> None:
         """Asks a run that still goes on to save and end."""
@@ -286,32 +316,77 @@ def points_of(folder: Path, metric: str) -> list[Point]:
 # ---- what came of it
 
 
-def _trial(name: str, settings: dict[str, Any], plan: Plan, error: str | None, config: RunConfig) -> Trial:
-    runs = [name] if plan.seeds == 1 else [f"{name}-seed{seed}" for seed in range(plan.seeds)]
-    curves = [points_of(Path(plan.folder) / run, plan.metric) for run in runs]
-    points = [(row[0][0], sum(p[1] for p in row) / len(row)) for row in zip(*curves, strict=False)]
-    rows = [row for run in runs for row in metrics.read(RunDir(Path(plan.folder) / run).metrics)]
-    times = [row["time"] for row in rows]
-    complete = bool(points) and points[-1][0] == config.run.steps
+def curves_of(members: Sequence[Member], plan: Plan) -> list[list[Point]]:
+    """The evaluations of each run, as far as it came."""
+    return [points_of(Path(plan.folder) / member.run, plan.metric) for member in members]
+
+
+def _trial(name: str, settings: dict[str, Any], members: Sequence[Member], plan: Plan, error: str | None) -> Trial:
+    curves = curves_of(members, plan)
+    complete = all(curve and curve[-1][0] == plan.steps for curve in curves)
     state = "done" if complete else "ended early"
     if error is not None and not complete:
         state = f"failed: {error.strip().splitlines()[-1]}"
-    values = [value for _, value in points]
-    best, last = (max(values), values[-1]) if values else (None, None)
-    seconds = max(times) - min(times) if times else 0.0
-    return Trial(name, settings, state, best, last, seconds, runs, points)
+    found = outcome(members, curves, plan.last_step, state.startswith("failed"))
+    last = found.points[-1][1] if found.points else None
+    runs = [member.run for member in members]
+    seconds = sum(_seconds(RunDir(Path(plan.folder) / run)) for run in runs)
+    return Trial(
+        name, settings, state, found.best, last, seconds, runs, found.points, found.each, found.spread, plan.parts
+    )
+
+
+def _seconds(run: RunDir) -> float:
+    """From the first row of its figures to the last."""
+    times = [row["time"] for row in metrics.read(run.metrics)]
+    return max(times) - min(times) if times else 0.0
+
+
+def _rank(trial: Trial) -> tuple[int, float]:
+    """The best first; after those of more folds come those of fewer, and then those without a figure."""
+    if trial.best is None:
+        return 1, 0.0
+    return -sum(value is not None for value in trial.each), -trial.best
 
 
 def _label(trial: Trial) -> str:
-    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in trial.settings.items())
+    return ", ".join(
+        f"{key} {_value(value)}" for key, value in zip(_short_keys(trial), trial.settings.values(), strict=True)
+    )
+
+
+def _short_keys(trial: Trial) -> list[str]:
+    """Settings without their section, where that leaves them apart."""
+    short = [key.rpartition(".")[2] for key in trial.settings]
+    return [name if short.count(name) == 1 else key for name, key in zip(short, trial.settings, strict=True)]
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def show(trials: Sequence[Trial], console: Console) -> None:
-    """The table, the best trial first."""
-    keys = list(trials[0].settings) if trials else []
-    rows = table(console, "trial", *keys, "best", "last", "seconds", "state", right=(*keys, "best", "last", "seconds"))
+    """The table, the best trial first; with folds or seeds the mean, the spread and the figure of each. Then what
+    failed, and why."""
+    keys = _short_keys(trials[0]) if trials else []
+    parts = trials[0].parts if trials else ""
+    figures = ("mean", "sd", f"each {parts}") if parts else ("best",)
+    numbers = (*keys, *figures, "last", "seconds")
+    rows = table(console, "trial", *numbers, "state", right=numbers)
     for trial in trials:
-        figures = ("-" if value is None else f"{value:.4f}" for value in (trial.best, trial.last))
-        values = (str(value) for value in trial.settings.values())
-        rows.add_row(trial.name, *values, *figures, f"{trial.seconds:.0f}", trial.state)
+        told = (_figure(trial.best), _figure(trial.spread), "  ".join(_figure(value, 3) for value in trial.each))
+        row = (
+            *map(_value, trial.settings.values()),
+            *told[: len(figures)],
+            _figure(trial.last),
+            f"{trial.seconds:.0f}",
+        )
+        rows.add_row(trial.name, *row, trial.state.partition(":")[0])
     console.print(rows)
+    for trial in trials:
+        if trial.state.startswith("failed"):
+            console.print(harmless(f"{trial.name} {trial.state}"), style="red")
+
+
+def _figure(value: float | None, places: int = 4) -> str:
+    return "-" if value is None else f"{value:.{places}f}"

@@ -67,3 +67,38 @@ def test_asha_ends_trials_early_and_the_others_finish(tmp_path: Path, tiny_bf16:
     for trial in found:
         steps = [row["step"] for row in metrics.read(RunDir(tmp_path / "search" / trial.name).metrics)]
         assert (max(steps) == 6) == (trial.state == "done")
+
+
+@pytest.mark.soak
+def test_folds_are_runs_on_parts_of_train_and_a_failing_one_is_named(
+    tmp_path: Path, tiny_bf16: str, ray_cluster: str
+) -> None:
+    words = ("--tune.folds=2", "--tune.metric=QA-v0/f1", "--run.steps=1", "--rollout.max_new_tokens=8")
+    told: list[str] = []
+    folder = tmp_path / "search"
+    space = "--tune.space.rollout.max_model_len=[40, 512]"
+    good, bad = tune(config_for(tmp_path, tiny_bf16, *words, space), folder, told.append)
+    assert good.runs == ["trial001-fold1of2", "trial001-fold2of2"] and good.state == "done"
+    for number, run in enumerate(good.runs, start=1):
+        config = load_config(RunDir(folder / run).config)
+        assert (config.env[0].kwargs, config.eval.split) == ({"split": f"train-{number}/2"}, f"fold-{number}/2")
+        (last,) = [row for row in metrics.read(RunDir(folder / run).metrics) if row["step"] == 1]
+        assert [step for step, _ in good.points] == [0, 1] and "eval/QA-v0/f1" in last
+    assert good.best == pytest.approx(sum(value or 0.0 for value in good.each) / 2) and good.spread is not None
+    assert bad.state.startswith("failed") and "trial000-fold1of2" in bad.state and bad.best is None
+    assert not (folder / "trial000-fold2of2").exists(), "after a failed fold no further one is run"
+    before = [RunDir(folder / run).metrics.stat().st_mtime_ns for run in good.runs]
+    again, _ = tune(config_for(tmp_path, tiny_bf16, *words, space), folder, told.append)
+    assert (again.each, again.points) == (good.each, good.points)
+    assert [RunDir(folder / run).metrics.stat().st_mtime_ns for run in good.runs] == before
+
+
+@pytest.mark.soak
+def test_asha_ends_combinations_after_complete_folds(tmp_path: Path, tiny_bf16: str, ray_cluster: str) -> None:
+    words = ("--tune.search=asha", "--tune.trials=3", "--tune.folds=3", "--run.steps=1", "--tune.metric=QA-v0/f1")
+    space = "--tune.space.learner.learning_rate={ low = 1e-6, high = 1e-2, log = true }"
+    found = tune(config_for(tmp_path, tiny_bf16, *words, space), tmp_path / "search", print)
+    assert {trial.state for trial in found} <= {"done", "ended early"} and found[0].state == "done"
+    for trial in found:
+        complete = sum(value is not None for value in trial.each)
+        assert (complete == 3) == (trial.state == "done") and complete >= 1

@@ -15,16 +15,10 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import SyncVectorEnv
 
-import rollcast_envs  # noqa: F401  (registers them)
+from built_in import IDS, make, other_data
 from rollcast_envs.splits import SPLITS
-from rollcast_envs.tasks.single_turn import SingleTurnTask
 from rollcast_envs.text import TextEnv, TextSpace
 
-IDS = [
-    spec.id
-    for spec in gymnasium.registry.values()
-    if spec.namespace == "rollcast" and not str(spec.entry_point).startswith("rollcast_envs.adapters.")
-]
 EPISODES = 200
 LONGEST = 32
 """No episode of the built-in ones may take more turns, whatever is answered."""
@@ -40,26 +34,6 @@ HOSTILE = (
     "السلام 🙂 东京 \u202e naïve \ud7ff",
 )
 """Answers that policies give sooner or later. What hangs is the sandbox's matter: tests/envs/test_sandbox.py."""
-PATIENT = {"rollcast/Code-v0": {"timeout_s": 60.0}}
-"""Arguments with which a busy machine changes no episode."""
-
-
-def other_data() -> list[tuple[str, dict[str, Any]]]:
-    """All built-in data sets: those of the tasks on data by name, and both directions of each language."""
-    found: list[tuple[str, dict[str, Any]]] = []
-    for env_id in IDS:
-        creator: Any = gymnasium.envs.registration.load_env_creator(str(gymnasium.spec(env_id).entry_point))
-        named = creator.built_in if issubclass(creator, SingleTurnTask) else {"": ""}
-        for name in named:
-            if env_id == "rollcast/Translation-v0":
-                found += [(env_id, {"source": "en", "target": name}), (env_id, {"source": name, "target": "en"})]
-            else:
-                found.append((env_id, {"data": name} if name else {}))
-    return found
-
-
-def make(env_id: str, **kwargs: Any) -> gymnasium.Env[str, str]:
-    return gymnasium.make(env_id, **PATIENT.get(env_id, {}), **kwargs)
 
 
 def answers_of(env: TextEnv, info: dict[str, Any], seed: int) -> Iterator[str]:

@@ -15,8 +15,10 @@ from rollcast_envs.data.geography import load_facts
 from rollcast_envs.data.tools import countries_by_name, load_countries
 from rollcast_envs.data.tools.build import build_countries
 from rollcast_envs.splits import SPLITS, Split, split_of
+from rollcast_envs.tasks.grading import last_number
 from rollcast_envs.tasks.multi_turn import exchanges
-from rollcast_envs.tasks.tool_qa import KINDS, PHRASINGS, ToolQAEnv, close, last_number, questions_of, written
+from rollcast_envs.tasks.tool_qa import ToolQAEnv, written
+from rollcast_envs.tasks.tool_questions import KINDS, PHRASINGS, close, questions_of
 from rollcast_envs.tools import parse_calls
 
 CORRECTIONS: dict[str, Any] = json.loads((files("rollcast_envs.data.geography") / "corrections.json").read_text())

@@ -1,211 +1,34 @@
-"""The learning step: packing changes nothing, rewards and values are wired right, bad numbers change nothing."""
+"""The learning step: rewards, values, KL and rates are wired right, and it learns."""
 
 import copy
-import dataclasses
 import math
-from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from torch.testing import assert_close
 
+from learner_steps import (
+    BATCH,
+    CLOSE,
+    FULL,
+    NO_CLIP,
+    assert_same_gradient,
+    gradient,
+    parameters,
+    same_bits,
+)
 from rollcast_learners import attention
-from rollcast_learners.advantages import moments, whiten
-from rollcast_learners.algorithms import ALGORITHMS
-from rollcast_learners.batch import Batch, collate
+from rollcast_learners.advantages import whiten
+from rollcast_learners.batch import collate
 from rollcast_learners.learner import PolicyLearner
 from rollcast_learners.losses import kl
 from rollcast_learners.optimizer import rate_factor
-from rollcast_learners.policy import Policy, PolicySettings
+from rollcast_learners.policy import Policy
 from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
 from rollcast_learners.types import Trajectory
-from trajectories import answer, episode, random_episodes
-
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-NAN, INF = float("nan"), float("inf")
-NO_CLIP = 1e9
-"""A grad_clip that lets gradients be compared as they are."""
-
-
-@pytest.fixture(scope="module")
-def models(tiny_fp32) -> dict[str, Policy]:
-    """Loaded once; every learner gets copies."""
-    return {critic: Policy(PolicySettings(tiny_fp32, "float32", critic)) for critic in ("head", "none")}
-
-
-@pytest.fixture
-def build(models) -> Callable[..., PolicyLearner]:
-    def builder(
-        critic: str = "head",
-        kl_settings: KLSettings | None = None,
-        value: float = 0.0,
-        correction: CorrectionSettings | None = None,
-        **settings: Any,
-    ) -> PolicyLearner:
-        policy = copy.deepcopy(models[critic])
-        with torch.no_grad():  # A critic that already says something, where `value` is not 0.
-            policy.value_head.weight.copy_(value * torch.sin(torch.arange(policy.value_head.in_features)))
-        reference = None
-        if kl_settings is not None:
-            reference = copy.deepcopy(models[critic]).requires_grad_(False)
-            with torch.no_grad():
-                reference.lm.model.layers[0].mlp.down_proj.weight.mul_(-1)
-        return PolicyLearner(
-            policy,
-            LearnerSettings(critic=critic, **settings),
-            kl_settings or KLSettings(),
-            correction,
-            temperature=1.0,
-            total_steps=10,
-            answer_tokens=6,
-            reference=reference,
-        )
-
-    return builder
-
-
-def parameters(learner: PolicyLearner) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in learner.policy.named_parameters()}
-
-
-def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return all(torch.equal(left[n].view(torch.uint8), right[n].view(torch.uint8)) for n in left)
-
-
-def finite(tensors: dict[str, Tensor]) -> bool:
-    return all(bool(t.isfinite().all()) for t in tensors.values())
-
-
-def assert_same_gradient(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """To 1e-5 of the largest entry of each tensor: most entries are smaller than 1e-5 themselves."""
-    for name, grad in theirs.items():
-        largest = max(grad.abs().max().item(), 1e-6)
-        assert_close(ours[name], grad, rtol=0, atol=1e-5 * largest, msg=lambda m, n=name: f"gradient of {n}: {m}")
-
-
-def gradient(learner: PolicyLearner) -> dict[str, Tensor]:
-    """What the last optimiser step was made from."""
-    return {n: g.clone() for n, g in zip(learner.optimizer.names, learner.optimizer.grads, strict=True)}
-
-
-def check_same_step(
-    one: PolicyLearner, other: PolicyLearner, metrics: dict[str, float], more: dict[str, float]
-) -> None:
-    assert metrics.keys() == more.keys()
-    for name in metrics:
-        assert metrics[name] == pytest.approx(more[name], rel=1e-5, abs=1e-5), name
-    assert_same_gradient(gradient(other), gradient(one))
-    for name, p in parameters(one).items():
-        assert_close(parameters(other)[name], p, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
-
-
-# Packing, micro-batches, order.
-
-BATCH = random_episodes(21, groups=4, samples=4)
-FULL = {"value": 0.1, "entropy_coef": 0.01, "value_clip": 0.2, "grad_clip": NO_CLIP}
-
-
-@pytest.mark.parametrize("budget", [1, 7, 30, 60])
-@pytest.mark.parametrize("critic, normalize", [("head", "batch"), ("none", "group"), ("head", "none")])
-def test_microbatches_change_nothing(critic, normalize, budget, build):
-    settings = FULL | {"critic": critic, "normalize_advantages": normalize}
-    whole, parts = build(**settings), build(**settings, microbatch_tokens=budget)
-    batch = collate(BATCH, "bootstrap")
-    assert len(batch.microbatches(budget)) > 1
-    check_same_step(whole, parts, whole.step(batch).metrics, parts.step(batch).metrics)
-
-
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_microbatches_change_nothing_whatever_the_algorithm(name, build):
-    critic = ALGORITHMS[name].presets.get("critic", "head")
-    kl_settings = KLSettings(kind="k1", coef=0.1) if name == "soft_q" else None
-    correction = None if name == "soft_q" else CorrectionSettings(correction="sequence_tis")
-    settings = {"critic": critic, "algorithm": name, "kl_settings": kl_settings, "correction": correction}
-    whole = build(**settings, value=0.1, grad_clip=NO_CLIP)
-    parts = build(**settings, value=0.1, grad_clip=NO_CLIP, microbatch_tokens=25)
-    batch = collate(BATCH, "mask")
-    assert 0 < batch.trained_episodes < batch.episodes and len(batch.microbatches(25)) > 1
-    check_same_step(whole, parts, whole.step(batch).metrics, parts.step(batch).metrics)
-    assert not torch.equal(gradient(whole)["lm.model.norm.weight"], torch.zeros(64))
-
-
-@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
-@pytest.mark.parametrize("applied_as", ["reward", "loss"])
-def test_microbatches_change_nothing_with_a_reference(kind, applied_as, build):
-    kl_settings = KLSettings(kind=kind, coef=0.3, applied_as=applied_as)
-    whole = build(kl_settings=kl_settings, **FULL)
-    parts = build(kl_settings=kl_settings, **FULL, microbatch_tokens=25)
-    batch = collate(BATCH)
-    check_same_step(whole, parts, whole.step(batch).metrics, parts.step(batch).metrics)
-
-
-@pytest.mark.parametrize("budget", [10, 4096])
-def test_the_order_of_trajectories_changes_nothing(budget, build):
-    straight, mixed = build(**FULL, microbatch_tokens=budget), build(**FULL, microbatch_tokens=budget)
-    shuffled = [BATCH[i] for i in np.random.default_rng(0).permutation(len(BATCH))]
-    metrics = straight.step(collate(BATCH)).metrics
-    check_same_step(straight, mixed, metrics, mixed.step(collate(shuffled)).metrics)
-
-
-def test_prefix_sharing_changes_nothing(build):
-    """The same samples, once as one group that shares its prompt and once as groups of their own."""
-    shared = [answer([1, 2, 3], [4 + n, 5, 6], 0.1 * n, number=n) for n in range(6)]
-    alone = [answer([1, 2, 3], [4 + n, 5, 6], 0.1 * n, group=str(n)) for n in range(6)]
-    assert collate(alone).tokens == collate(shared).tokens + 5 * 3
-    one, other = build(**FULL), build(**FULL)
-    check_same_step(one, other, one.step(collate(shared)).metrics, other.step(collate(alone)).metrics)
-
-
-def test_large_families_change_nothing(build, monkeypatch):
-    masked, large = build(**FULL), build(**FULL)
-    metrics = masked.step(collate(BATCH)).metrics
-    monkeypatch.setattr(attention, "LARGEST_MASKED_FAMILY", 0)
-    check_same_step(masked, large, metrics, large.step(collate(BATCH)).metrics)
-
-
-@pytest.mark.parametrize("epochs, minibatches", [(2, 1), (1, 3), (2, 4)])
-def test_microbatches_change_nothing_over_epochs_and_minibatches(epochs, minibatches, build):
-    settings = FULL | {"epochs": epochs, "minibatches": minibatches, "learning_rate": 1e-4}
-    whole, parts = build(**settings), build(**settings, microbatch_tokens=25)
-    batch = collate(BATCH)
-    check_same_step(whole, parts, whole.step(batch).metrics, parts.step(batch).metrics)
-
-
-@pytest.mark.parametrize("epochs, minibatches, learners", [(1, 1, 1), (3, 4, 1), (2, 5, 3), (1, 16, 2)])
-def test_every_token_is_trained_once_an_epoch(epochs, minibatches, learners, build):
-    learner = build(epochs=epochs, minibatches=minibatches)
-    batch = collate(BATCH)
-    seen = np.zeros((epochs, len(batch.target_N)), int)
-    sizes = np.zeros((epochs, minibatches), int)
-    starts = np.cumsum(batch.episode_length_E) - batch.episode_length_E
-    for share in batch.shares(learners):
-        for number, episodes in enumerate(learner._minibatches(share)):
-            epoch, part = divmod(number, minibatches)
-            for at in share.index_E[episodes]:
-                seen[epoch, starts[at] : starts[at] + batch.episode_length_E[at]] += 1
-            sizes[epoch, part] += len(episodes)
-    assert (seen == 1).all()
-    assert sizes.max() - sizes.min() <= 1
-
-
-def test_epochs_and_steps_draw_different_minibatches(build):
-    learner, batch = build(epochs=2, minibatches=2), collate(BATCH)
-    first, _, second, _ = learner._minibatches(batch)
-    assert first.tolist() != second.tolist()
-    learner.steps_done = 1
-    assert next(learner._minibatches(batch)).tolist() != first.tolist()
-
-
-def test_a_minibatch_without_episodes_moves_nothing(build):
-    """More minibatches than episodes: the empty ones are no optimiser steps, not even by momentum."""
-    few, learner = collate(BATCH[:2]), build(minibatches=6)
-    learner.step(few)
-    assert {int(s["step"]) for s in learner.optimizer.adamw.state.values()} == {2}
-
+from trajectories import answer, episode
 
 # Rewards, values, advantages.
 
@@ -474,174 +297,6 @@ def test_the_gradient_is_clipped_by_its_global_norm(build):
     assert learner.optimizer.flat[:-1].norm() == pytest.approx(1e-3, rel=1e-4)
 
 
-# The numeric guard, end to end.
-
-
-def replaced(batch: Batch, column: str, value: float, at: int = 1) -> Batch:
-    values = getattr(batch, column).copy()
-    values[at] = value
-    return dataclasses.replace(batch, **{column: values})
-
-
-def spoil_weight(learner: PolicyLearner, value: float) -> None:
-    with torch.no_grad():
-        learner.policy.lm.model.layers[1].mlp.up_proj.weight[3, 4] = value
-
-
-def spoil_value(learner: PolicyLearner, value: float) -> None:
-    with torch.no_grad():
-        learner.policy.value_head.bias.fill_(value)
-
-
-def spoil_gradient(learner: PolicyLearner, value: float) -> None:
-    weight = learner.policy.lm.model.layers[0].self_attn.q_proj.weight
-    weight.register_hook(lambda grad: grad.clone().index_fill_(0, torch.tensor([2]), value))
-
-
-@pytest.mark.parametrize("budget", [25, 4096], ids=["parts", "whole"])
-@pytest.mark.parametrize(
-    "what, value",
-    [
-        ("rewards_N", NAN),  # An infinite one is clipped, an infinite log-ratio clamped: see below.
-        ("old_logprobs_N", NAN),
-        *[(spoil, value) for spoil in (spoil_weight, spoil_value, spoil_gradient) for value in (NAN, INF, -INF)],
-    ],
-)
-def test_one_bad_number_and_nothing_moves(what, value, budget, build):
-    learner, batch = build(microbatch_tokens=budget), collate(BATCH)
-    learner.step(batch)
-    if callable(what):
-        what(learner, value)
-    else:
-        batch = replaced(batch, what, value)
-    before, moments_before = parameters(learner), copy.deepcopy(learner.optimizer.adamw.state_dict()["state"])
-    result = learner.step(batch)
-    assert same_bits(before, parameters(learner))
-    for name, state in learner.optimizer.adamw.state_dict()["state"].items():
-        for key, tensor in state.items():
-            assert torch.equal(tensor, moments_before[name][key])
-    assert result.metrics["guard/skipped_steps"] == 1
-    assert result.diverged is None
-    assert all(math.isfinite(value) for value in result.metrics.values())
-
-
-def test_after_a_skipped_step_the_next_is_as_if_it_had_not_been(build):
-    learner, twin = build(), build()
-    learner.step(replaced(collate(BATCH), "rewards_N", NAN))
-    learner.step(collate(BATCH))
-    twin.steps_done = 1
-    twin.step(collate(BATCH))
-    assert same_bits(parameters(learner), parameters(twin))
-
-
-def test_only_the_minibatch_with_the_bad_number_is_skipped(build):
-    learner = build(minibatches=4, normalize_advantages="none", critic="none")
-    before = parameters(learner)
-    result = learner.step(replaced(collate(BATCH), "rewards_N", NAN))
-    assert result.metrics["guard/skipped_steps"] == 1
-    assert finite(parameters(learner))
-    assert not same_bits(before, parameters(learner))
-
-
-@pytest.mark.parametrize("value", [INF, -INF, -1000.0, 1e30], ids=str)
-@pytest.mark.parametrize("column", ["rewards_N", "old_logprobs_N"])
-def test_extreme_numbers_are_clamped_and_counted(column, value, build):
-    learner = build()
-    metrics = learner.step(replaced(collate(BATCH), column, value)).metrics
-    assert metrics["guard/skipped_steps"] == 0
-    assert metrics["guard/clipped_rewards" if column == "rewards_N" else "guard/clamped_ratios"] >= 1
-    assert finite(parameters(learner))
-
-
-@pytest.mark.parametrize("settings", [{"value": 1e6}, {"value": 1e6, "value_clip": 0.2}], ids=["plain", "clipped"])
-def test_a_critic_that_is_far_off_is_survived(settings, build):
-    learner = build(**settings)
-    learner.step(collate(BATCH))
-    assert finite(parameters(learner))
-
-
-@pytest.mark.parametrize("applied_as", ["reward", "loss"])
-def test_a_huge_kl_is_survived(applied_as, build):
-    learner = build("head", KLSettings(kind="k3", coef=1000.0, applied_as=applied_as))
-    learner.step(collate(BATCH))
-    assert finite(parameters(learner))
-
-
-def one_much_longer() -> list[Trajectory]:
-    return [answer([1], [2, 3], 1.0), answer([1], list(range(200)), 0.5, number=1)]
-
-
-EDGES = {
-    "one episode": [answer([1, 2], [3, 4], 1.0)],
-    "one token": [answer([1, 2], [3], 1.0)],
-    "one-token answers": [answer([1, 2], [n], float(n % 2), number=n) for n in range(6)],
-    "equal rewards": [answer([1, 2], [n, 5], 0.3, number=n) for n in range(6)],
-    "rewards of zero": [answer([1, 2], [n, 5], 0.0, number=n) for n in range(6)],
-    "all truncated": [answer([1, 2], [n, 5], float(n), truncated=True, number=n) for n in range(6)],
-    "all cut off": [answer([1, 2], [n, 5], float(n), finish="length", number=n) for n in range(6)],
-    "one 100 times longer": one_much_longer(),
-}
-
-
-@pytest.mark.parametrize("on_length", ["zero", "bootstrap", "mask"])
-@pytest.mark.parametrize("critic, normalize", [("head", "batch"), ("none", "group"), ("none", "batch")])
-@pytest.mark.parametrize("name", EDGES)
-def test_edges_train_without_an_undefined_number(name, critic, normalize, on_length, build):
-    learner = build(critic, normalize_advantages=normalize)
-    result = learner.step(collate(EDGES[name], on_length))
-    assert result.diverged is None
-    assert result.metrics["guard/skipped_steps"] == 0
-    assert all(math.isfinite(value) for value in result.metrics.values())
-    assert finite(parameters(learner))
-
-
-@pytest.mark.parametrize("critic, normalize", [("none", "batch"), ("none", "group"), ("head", "group")])
-def test_equal_rewards_teach_the_policy_nothing(critic, normalize, build):
-    learner = build(critic, normalize_advantages=normalize, value_coef=0.0)
-    before = parameters(learner)
-    metrics = learner.step(collate(EDGES["equal rewards"])).metrics
-    assert metrics["grad_norm"] == pytest.approx(0.0, abs=1e-7)
-    assert all(torch.equal(before[n], p) for n, p in parameters(learner).items() if n.startswith("lm."))
-
-
-def test_explained_variance_is_absent_where_returns_do_not_vary(build):
-    assert "explained_variance" not in build().step(collate(EDGES["equal rewards"])).metrics
-    assert "explained_variance" not in build("none").step(collate(BATCH)).metrics
-    assert "explained_variance" in build().step(collate(BATCH)).metrics
-
-
-@pytest.mark.parametrize("minibatches", [1, 2])
-def test_nothing_to_train_on_moves_nothing(minibatches, build):
-    """All masked, or an empty share: momentum of earlier steps does not move the policy either."""
-    learner = build(minibatches=minibatches)
-    learner.step(collate(BATCH))
-    before = parameters(learner)
-    masked = learner.step(collate(EDGES["all cut off"], "mask"))
-    empty = learner.step(collate(BATCH).select(np.array([], np.intp)))
-    assert same_bits(before, parameters(learner))
-    assert masked.metrics["guard/skipped_steps"] == empty.metrics["guard/skipped_steps"] == 0
-    assert learner.steps_done == 3
-
-
-def test_three_skips_halve_the_rate_and_ten_are_divergence(build):
-    learner, bad = build(learning_rate=1e-4), replaced(collate(BATCH), "rewards_N", NAN)
-    before = parameters(learner)
-    results = [learner.step(bad) for _ in range(10)]
-    assert results[3].metrics["learning_rate"] == pytest.approx(0.5e-4)
-    assert [r.diverged for r in results[:9]] == [None] * 9
-    assert "skipped" in results[9].diverged
-    assert results[9].metrics["guard/skipped_steps"] == 10
-    assert same_bits(before, parameters(learner))
-
-
-def test_a_step_stops_when_the_samples_no_longer_fit(build):
-    """Behaviour KL beyond 10 nats: the remaining epochs are not trained."""
-    learner = build(epochs=5)
-    far = [answer([1, 2], [n, 5], float(n), number=n, logprobs=[-60.0, -60.0]) for n in range(4)]
-    learner.step(collate(far))
-    assert {int(s["step"]) for s in learner.optimizer.adamw.state.values()} == {1}
-
-
 # Learning.
 
 
@@ -691,9 +346,3 @@ def test_it_learns(build):
         assert result.diverged is None
     assert curve[0] <= 0.3
     assert curve[-1] >= 0.9, curve
-
-
-def test_moments_of_shares_are_those_of_the_batch():
-    """What `reduce` sums over learners."""
-    column = torch.randn(20)
-    assert_close(moments(column[:7]) + moments(column[7:]), moments(column))

@@ -23,6 +23,7 @@ from rollcast.cluster import compute_dtype
 from rollcast.config import EvalSection
 from rollcast.export import settings_of
 from rollcast.rundir import RunDir
+from rollcast.token_view import percent
 from rollcast.weights import OWNER, PREFIX
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -271,10 +272,10 @@ def test_rollouts_token_by_token(base: Path, tmp_path: Path, capsys: pytest.Capt
     assert f"sample {first['prompt']}: reward {first['reward']:.3f}" in text and "push" in text
     sampled = sum(sum(stream["trained"]) for stream in first["streams"])
     assert len(first["learned"]["push"]) == sampled
-    assert all(f"{logprob:.3f}" in text for logprob in first["learned"]["logprobs"])
+    assert all(f" {percent(logprob)} " in text for logprob in first["learned"]["logprobs"])
     page = tmp_path / "tokens.html"
     assert "8 samples of step 1" in told(capsys, *words, "--step", "1", "--page", str(page))
-    assert page.read_text(encoding="utf-8").count("<section>") == 8
+    assert page.read_text(encoding="utf-8").count("<h3>") == 8
     assert "add --tokens" in refused(capsys, *words[:-1], "--page", str(page))
     assert "leave out --follow" in refused(capsys, *words, "--follow")
 

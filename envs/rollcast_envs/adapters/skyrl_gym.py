@@ -14,7 +14,7 @@ from rollcast_envs.adapters.outside import OwnRandomness
 from rollcast_envs.errors import DataError
 from rollcast_envs.fields import Field
 from rollcast_envs.records import open_records
-from rollcast_envs.splits import Split, valid_split
+from rollcast_envs.splits import portion_named
 from rollcast_envs.text import TextEnv
 
 Message = Mapping[str, str]
@@ -53,7 +53,7 @@ class SkyRLGymEnv(TextEnv):
         arguments: Mapping[str, Any] | None = None,
         data: str | Mapping[str, str] | None = None,
         prompt: str | Sequence[Message] = "",
-        split: Split = "train",
+        split: str = "train",
         fields: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
@@ -61,7 +61,8 @@ class SkyRLGymEnv(TextEnv):
         self._arguments = dict(arguments or {})
         if isinstance(self._arguments.get("env_config"), Mapping):
             self._arguments["env_config"] = _Config(self._arguments["env_config"])
-        valid_split(split)
+        portion_named(split)
+        self.folds = data is not None
         self._rows = None if data is None else open_records(data, WANTED, split=split, fields=fields)
         self.size = None if self._rows is None else len(self._rows)
         self._prompt = prompt

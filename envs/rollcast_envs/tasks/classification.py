@@ -13,7 +13,6 @@ import numpy as np
 from rollcast_envs.corpus import macro_f1
 from rollcast_envs.errors import DataError
 from rollcast_envs.records import Field, Record
-from rollcast_envs.splits import Split
 from rollcast_envs.tasks.labels import distinct, plain
 from rollcast_envs.tasks.single_turn import SingleTurnTask, Verdict
 from rollcast_envs.text import Answered, CorpusFigure
@@ -51,7 +50,7 @@ class ClassificationEnv(SingleTurnTask):
 
     def __init__(
         self,
-        split: Split = "train",
+        split: str = "train",
         data: str | Mapping[str, str] | None = None,
         labels: Sequence[str] | None = None,
         instruction: str | None = None,

@@ -18,7 +18,6 @@ from rollcast_envs.records import Field, Record
 from rollcast_envs.sandbox import Call, Limits, run
 from rollcast_envs.sandbox_child import THROUGH
 from rollcast_envs.sandbox_filter import filter_program
-from rollcast_envs.splits import Split
 from rollcast_envs.tasks.single_turn import SingleTurnTask, Verdict
 
 SYSTEM_PROMPT = "Answer with Python code only: the whole function, with the imports that it needs."
@@ -73,7 +72,7 @@ class CodeEnv(SingleTurnTask):
 
     def __init__(
         self,
-        split: Split = "train",
+        split: str = "train",
         data: str | Mapping[str, str] | None = None,
         fields: Mapping[str, str] | None = None,
         system_prompt: str | None = SYSTEM_PROMPT,
@@ -85,7 +84,7 @@ class CodeEnv(SingleTurnTask):
         self.limits = Limits(timeout_s, memory_mb)
         super().__init__(split, data, fields, system_prompt, few_shot)
 
-    def open(self, split: Split, data: str | Mapping[str, str] | None, fields: Mapping[str, str] | None) -> Any:
+    def open(self, split: str, data: str | Mapping[str, str] | None, fields: Mapping[str, str] | None) -> Any:
         records = super().open(split, data, fields)
         if isinstance(data, Mapping) or (data or next(iter(self.built_in))) not in self.built_in:
             for index in range(len(records)):

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from rollcast_envs.data.dialogue import CONSTRAINTS, REQUESTS, Place, load_places, load_templates
-from rollcast_envs.splits import Split, position, split_of, valid_split
+from rollcast_envs.splits import Split, in_split, portion_named, position
 from rollcast_envs.tasks.clerk import ask, heard_values, inform, offer, understand
-from rollcast_envs.tasks.multi_turn import MultiTurnTask, few_shot_examples, one_of
+from rollcast_envs.tasks.multi_turn import MultiTurnTask, few_shot_examples, one_of, some
 
 HEARD = 4000
 """Characters of an answer that the customer listens to."""
@@ -94,7 +94,8 @@ class DialogueEnv(MultiTurnTask):
     The first turn lists the places that the model may offer, with all that is known of them, and then what the customer
     says; it tells some of two or three constraints. The customer answers questions, turns down what does not fit, asks
     for one to three values of the place, and leaves. Goals (their constraints) and utterances are split 80 / 10 / 10:
-    none is in two splits.
+    none is in two splits. For k-fold validation goals are cut into parts; utterances are those of train throughout,
+    which are too few to say everything in every part.
 
     How an answer is understood, by rule and without case or punctuation:
         - It offers the places of the list that it names. If one of them does not fit, the offer is wrong.
@@ -123,9 +124,11 @@ class DialogueEnv(MultiTurnTask):
             themselves as [[question, answer], ...].
     """
 
+    folds = True
+
     def __init__(
         self,
-        split: Split = "train",
+        split: str = "train",
         max_turns: int = 10,
         candidates: int = 6,
         patience: int = 3,
@@ -135,13 +138,14 @@ class DialogueEnv(MultiTurnTask):
     ) -> None:
         super().__init__()
         _check_limits(max_turns, candidates, patience, turn_cost)
-        self.goals = goals_of(valid_split(split))
-        self.customer = Customer(split)
+        portion = portion_named(split)
+        self.goals = some(goals_of(split), "goals", split)
+        self.customer = Customer(portion.split)
         self.size = len(self.goals)
         self.max_turns, self.candidates, self.patience = max_turns, candidates, patience
         self.turn_cost = turn_cost
         self.system_prompt = system_prompt
-        self.few_shot = few_shot_examples(few_shot, lambda: DialogueEnv("train", max_turns, candidates))
+        self.few_shot = few_shot_examples(few_shot, lambda: DialogueEnv(portion.training, max_turns, candidates))
         self.episode = self._open(self.goals[0], 0)
 
     def begin(self, index: int | None) -> tuple[str, dict[str, Any]]:
@@ -344,9 +348,9 @@ def draw_table(goal: Goal, size: int, draw: np.random.Generator) -> tuple[Place,
 
 
 @cache
-def goals_of(split: Split) -> tuple[Goal, ...]:
-    """The goals of a split, shuffled once and for all, so that every prefix mixes the domains."""
-    chosen = [goal for domain in CONSTRAINTS for goal in goals_in(domain) if split_of(goal.group) == split]
+def goals_of(split: str) -> tuple[Goal, ...]:
+    """The goals of a split or of a part of train, shuffled once and for all, so that every prefix mixes the domains."""
+    chosen = [goal for domain in CONSTRAINTS for goal in goals_in(domain) if in_split(goal.group, split)]
     return tuple(sorted(chosen, key=lambda goal: position(goal.id)))
 
 
@@ -369,7 +373,7 @@ def templates_of(split: Split) -> Mapping[Cell, Sequence[str]]:
     """The texts of a split by role, domain and slots."""
     cells: dict[Cell, list[str]] = {}
     for template in load_templates():
-        if split_of(template.group) == split:
+        if in_split(template.group, split):
             cells.setdefault((template.role, template.domain, template.slots), []).append(template.text)
     return cells
 

@@ -14,7 +14,6 @@ import numpy as np
 from rollcast_envs.corpus import entity_f1
 from rollcast_envs.errors import DataError
 from rollcast_envs.records import Field, Record
-from rollcast_envs.splits import Split
 from rollcast_envs.tasks.labels import distinct, plain
 from rollcast_envs.tasks.single_turn import SingleTurnTask, Verdict
 from rollcast_envs.text import Answered, CorpusFigure
@@ -65,7 +64,7 @@ class ExtractionEnv(SingleTurnTask):
 
     def __init__(
         self,
-        split: Split = "train",
+        split: str = "train",
         data: str | Mapping[str, str] | None = None,
         types: Sequence[str] | None = None,
         fields: Mapping[str, str] | None = None,

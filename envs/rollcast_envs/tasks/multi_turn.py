@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from rollcast_envs.errors import DataError
 from rollcast_envs.text import TextEnv
 
 Exchange = tuple[str, str]
@@ -50,6 +51,14 @@ def few_shot_examples(
         return ()
     env = open_train()
     return tuple(pair for index in range(min(wanted, env.size or 0)) for pair in exchanges(env, index))
+
+
+def some(tasks: Sequence[Option], what: str, split: str) -> Sequence[Option]:
+    """The tasks of a split, if there are any. Raises `DataError` where train was cut into too many parts."""
+    if not tasks:
+        why = "too few are left in this part of the built-in data"
+        raise DataError(f"split {split!r} has no {what}", why, "cut train into fewer parts")
+    return tasks
 
 
 def one_of(options: Sequence[Option], draw: np.random.Generator) -> Option:

@@ -14,7 +14,6 @@ import numpy as np
 from rollcast_envs.errors import DataError
 from rollcast_envs.records import Field, Record, Records, open_records
 from rollcast_envs.rewards import exact_match, token_f1
-from rollcast_envs.splits import Split
 from rollcast_envs.tasks.single_turn import SingleTurnTask, Verdict
 
 PHRASINGS = {
@@ -83,7 +82,7 @@ class QAEnv(SingleTurnTask):
 
     def __init__(
         self,
-        split: Split = "train",
+        split: str = "train",
         kinds: Sequence[str] | None = None,
         length_cost: float = 0.001,
         system_prompt: str | None = "Answer with the name only.",
@@ -100,7 +99,7 @@ class QAEnv(SingleTurnTask):
         self.no_answer = [no_answer] if isinstance(no_answer, str) else list(no_answer) or [""]
         super().__init__(split, data, fields, system_prompt, few_shot)
 
-    def open(self, split: Split, data: str | Mapping[str, str] | None, fields: Mapping[str, str] | None) -> Any:
+    def open(self, split: str, data: str | Mapping[str, str] | None, fields: Mapping[str, str] | None) -> Any:
         asks_facts = data is None or data == "geography"
         wanted = FACT if asks_facts else self.wanted
         records = open_records(self._located(data), wanted, split=split, fields=fields)

@@ -16,7 +16,7 @@ import numpy as np
 
 from rollcast_envs.errors import DataError
 from rollcast_envs.records import Field, Record, open_records
-from rollcast_envs.splits import Split, valid_split
+from rollcast_envs.splits import portion_named
 from rollcast_envs.text import TextEnv
 
 
@@ -39,7 +39,7 @@ class SingleTurnTask(TextEnv):
     index is always put in the same words.
 
     Args:
-        split: "train", "validation" or "test".
+        split: "train", "validation" or "test"; for k-fold validation also a part of train (`splits.portion_named`).
         data: a file (.jsonl, .csv, .tsv, .parquet, or SQuAD's .json), a Hugging Face data set, one for each split as
             {"train": ..., "validation": ...}, or the name of a built-in data set; None is the first built-in one.
         fields: which of your columns holds what, as {"question": "body", "references": "answer"}.
@@ -51,6 +51,8 @@ class SingleTurnTask(TextEnv):
         DataError: when the data cannot be read as this task needs them; it names file, line and field.
     """
 
+    folds = True
+
     built_in: ClassVar[Mapping[str, str]]
     """Built-in data sets: name -> file below `rollcast_envs/data`, the default first."""
 
@@ -59,23 +61,24 @@ class SingleTurnTask(TextEnv):
 
     def __init__(
         self,
-        split: Split = "train",
+        split: str = "train",
         data: str | Mapping[str, str] | None = None,
         fields: Mapping[str, str] | None = None,
         system_prompt: str | None = None,
         few_shot: int | Sequence[Sequence[str]] = 0,
     ) -> None:
         super().__init__()
-        self.records = self.open(valid_split(split), data, fields)
+        examples_from = portion_named(split).training
+        self.records = self.open(split, data, fields)
         self.system_prompt = system_prompt
-        self.few_shot = self._examples(few_shot, data, fields)
+        self.few_shot = self._examples(few_shot, examples_from, data, fields)
         # A record that is shown as an example, answer and all, is not asked about.
-        self._shown = len(self.few_shot) if split == "train" and isinstance(few_shot, int) else 0
+        self._shown = len(self.few_shot) if split == examples_from and isinstance(few_shot, int) else 0
         self.size = len(self.records) - self._shown
         if self.size < 1:
             raise DataError(
                 f"few_shot = {few_shot}: nothing is left to ask",
-                f"the train split has {len(self.records)} records, and those shown as examples are not asked about",
+                f"the split {split} has {len(self.records)} records, and those shown as examples are not asked about",
                 "lower few_shot, or give the examples themselves",
             )
         self.record: Record = {}
@@ -96,7 +99,7 @@ class SingleTurnTask(TextEnv):
         """What sort of task the record is; figures are reported by kind."""
         return str(record.get("kind") or "")
 
-    def open(self, split: Split, data: str | Mapping[str, str] | None, fields: Mapping[str, str] | None) -> Any:
+    def open(self, split: str, data: str | Mapping[str, str] | None, fields: Mapping[str, str] | None) -> Any:
         """The records to ask about."""
         return open_records(self._located(data), self.wanted, split=split, fields=fields)
 
@@ -137,13 +140,13 @@ class SingleTurnTask(TextEnv):
         return name
 
     def _examples(
-        self, few_shot: int | Sequence[Sequence[str]], data: Any, fields: Mapping[str, str] | None
+        self, few_shot: int | Sequence[Sequence[str]], split: str, data: Any, fields: Mapping[str, str] | None
     ) -> tuple[tuple[str, str], ...]:
         if not isinstance(few_shot, int):
             return tuple((str(question), str(answer)) for question, answer in few_shot)
         if not few_shot:
             return ()
-        records = self.open("train", data, fields)
+        records = self.open(split, data, fields)
         chosen = [records[index] for index in range(min(few_shot, len(records)))]
         unanswered = next((record for record in chosen if not self.references(record)), None)
         if unanswered is not None:

@@ -11,7 +11,6 @@ import numpy as np
 
 from rollcast_envs.records import Field, Record
 from rollcast_envs.rewards import TextTooLong, rouge
-from rollcast_envs.splits import Split
 from rollcast_envs.tasks.single_turn import SingleTurnTask, Verdict
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -42,7 +41,7 @@ class SummarizationEnv(SingleTurnTask):
 
     def __init__(
         self,
-        split: Split = "train",
+        split: str = "train",
         reward: str = "rougeL",
         max_share: float = 0.5,
         copy_cost: float = 1.0,

@@ -1,66 +1,38 @@
 """`rollcast/ToolQA-v0`: questions on countries that need a look-up and a calculator, called in the model's own format.
 
-Owns the questions, the tools and the rewards. Does not know how a call is written or arithmetic done
-(`rollcast_envs.tools` does), nor where the facts come from (`rollcast_envs.data.tools` does).
+Owns the tools, the course of an episode and the rewards. Does not know how a call is written or arithmetic done
+(`rollcast_envs.tools` does), nor what is asked: the built-in questions are in `tool_questions.py`, and what a record of
+the user's holds in `tool_records.py`.
 """
 
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import combinations
 from typing import Any
 
-from rollcast_envs.data.tools import FIELDS, Country, countries_by_name, found_by, load_countries
-from rollcast_envs.rewards import exact_match, token_f1
-from rollcast_envs.splits import Split, position, split_of, valid_split
+from rollcast_envs.data.tools import FIELDS
+from rollcast_envs.splits import portion_named
 from rollcast_envs.tasks.multi_turn import MultiTurnTask, few_shot_examples, one_of
+from rollcast_envs.tasks.tool_questions import KINDS, questions_of
+from rollcast_envs.tasks.tool_records import Asked, TableQuestions
 from rollcast_envs.tools import CalculationError, Call, Parsed, calculate, parse_calls
 
-KINDS = ("density", "difference", "sum", "capital")
-PHRASINGS = {
-    "density": (
-        "How many people per square kilometre live in {a}? Round to one decimal.",
-        "What is the population density of {a} in people per square kilometre, to one decimal?",
-    ),
-    "difference": (
-        "Which has more people, {a} or {b}, and by how many? Name the country, then the number.",
-        "Does {a} or {b} have more people, and how many more? Name the country, then the number.",
-    ),
-    "sum": (
-        "What is the population of {a} plus that of {b}?",
-        "How many people live in {a} and {b} together?",
-    ),
-    "capital": (
-        "What is the capital of the country with more people, {a} or {b}?",
-        "Of {a} and {b}, take the one with more people. What is its capital?",
-    ),
-}
-PER_KIND = 1000
-"""Questions of a kind in a split, at most."""
-LARGEST_RATIO, SMALLEST_RATIO = 20, 1.05
-"""Of two populations: close enough that both count in a sum, far enough apart that rounding does not decide."""
-SMALLEST_DENSITY = 1.0
-TOLERANCE = 0.005
-"""A number is right within this part of it, or within half a unit of the last place asked for."""
 CALL_REWARD, MALFORMED = 0.1, -0.1
 
-LOOKUP = {
-    "type": "function",
-    "function": {
-        "name": "lookup",
-        "description": "Looks up a fact about a country.",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "country": {"type": "string", "description": "Name of the country"},
-                "field": {"type": "string", "enum": list(FIELDS), "description": "What to look up; area is in km2"},
-            },
-            "required": ["country", "field"],
-        },
-    },
-}
+
+def lookup_tool(entry: str, about: str, **field: Any) -> dict[str, Any]:
+    """The tool that looks up a fact about a country, or about an entry in a table of the user's."""
+    properties = {
+        entry: {"type": "string", "description": f"Name of the {entry}"},
+        "field": {"type": "string", **field, "description": field.get("description", "What to look up")},
+    }
+    parameters = {"type": "object", "properties": properties, "required": [entry, "field"]}
+    told = {"name": "lookup", "description": f"Looks up a fact about {about}.", "parameters": parameters}
+    return {"type": "function", "function": told}
+
+
+LOOKUP = lookup_tool("country", "a country", enum=list(FIELDS), description="What to look up; area is in km2")
+LOOKUP_ENTRY = lookup_tool("entry", "an entry")
 CALCULATE = {
     "type": "function",
     "function": {
@@ -73,70 +45,24 @@ CALCULATE = {
         },
     },
 }
-PARAMETERS = {"lookup": ("country", "field"), "calculate": ("expression",)}
 
 PROMPT = "Answer the question with the tools. When you know the answer, write only the answer."
 TOOL_PROMPT = """You have two tools:
-- lookup(country, field): looks up a fact about a country.
-  The field is population, area (in km2), capital, continent or currency.
+- lookup({entry}, field): looks up a fact about {what}.{fields}
 - calculate(expression): calculates an arithmetic expression, such as 12 * (3 + 4).
 
 To call a tool, write only its call, in this form:
 <tool_call>
-{"name": "lookup", "arguments": {"country": "Atlantis", "field": "population"}}
+{{"name": "lookup", "arguments": {{"{entry}": "Atlantis", "field": "population"}}}}
 </tool_call>
 You are then told the result, such as: population of Atlantis: 1200"""
-
-NUMBER = re.compile(
-    r"(?<![\w.])([-−]?)(\d{1,3}(?:[,\u00a0\u202f ]\d{3})+(?!\d)|\d+)(\.\d+)?(?:\s*(thousand|million|billion)\b)?",
-    re.IGNORECASE,
-)
-WORD = re.compile(r"\w+")
-MULTIPLES = {"": 1.0, "thousand": 1e3, "million": 1e6, "billion": 1e9}
-READ = 4000
-"""Characters at the end of a final answer in which its number is looked for."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question, made from the table."""
-
-    kind: str
-    countries: tuple[Country, ...]
-
-    @property
-    def id(self) -> str:
-        return f"{self.kind}:" + "+".join(country.id.removeprefix("country:") for country in self.countries)
-
-    @property
-    def larger(self) -> Country:
-        return max(self.countries, key=lambda country: country.population)
-
-    @property
-    def needed(self) -> tuple[tuple[Country, str], ...]:
-        """The facts that answer it, in the order in which to look them up."""
-        if self.kind == "density":
-            return (self.countries[0], "population"), (self.countries[0], "area")
-        facts = tuple((country, "population") for country in self.countries)
-        return (*facts, (self.larger, "capital")) if self.kind == "capital" else facts
-
-    @property
-    def expression(self) -> str:
-        """What to calculate; "" if nothing."""
-        first, second = self.countries[0], self.countries[-1]
-        return {
-            "density": f"round({first.population} / {first.area}, 1)",
-            "difference": f"abs({first.population} - {second.population})",
-            "sum": f"{first.population} + {second.population}",
-            "capital": "",
-        }[self.kind]
-
-    @property
-    def references(self) -> list[str]:
-        if self.kind == "capital":
-            return list(self.larger.capitals)
-        number = calculate(self.expression)
-        return [f"{self.larger.name}, {number}"] if self.kind == "difference" else [number]
+OF_COUNTRIES = {
+    "entry": "country",
+    "what": "a country",
+    "fields": "\n  The field is population, area (in km2), capital, continent or currency.",
+}
+OF_ENTRIES = {"entry": "entry", "what": "an entry", "fields": ""}
+"""What the tool prompt says of look-ups."""
 
 
 @dataclass
@@ -166,6 +92,9 @@ class ToolQAEnv(MultiTurnTask):
         - `answer`: how right the final answer is, in [0, 1]. A number: 1 if the last number in the answer is within
           0.5 %. A name: token F1. "Which and by how many": half for the country named first, half for the number.
 
+    With `data` the questions are yours, each with a table of its own: `lookup` then takes an `entry` of it and a
+    `field`. See `rollcast_envs.tasks.tool_records` for what a record holds.
+
     Args:
         split: "train", "validation" or "test".
         kinds: which of density, difference, sum and capital to ask; None for all.
@@ -175,42 +104,57 @@ class ToolQAEnv(MultiTurnTask):
         system_prompt: what the system turn says before that; None for nothing.
         few_shot: how many demonstrated episodes of the train split open every episode as examples, or the examples
             themselves as [[question, answer], ...]. In demonstrated ones, tools answer in the user's turns.
+        data: your own questions, with the fields `question`, `references`, `table`, `needed` and optionally
+            `expression`; None for the built-in ones.
+        fields: which of your columns holds what, as {"question": "body"}.
+
+    Raises:
+        DataError: when the data cannot be read as this task needs them; it names file, line and field.
     """
 
-    tools = (LOOKUP, CALCULATE)
+    folds = True
 
     def __init__(
         self,
-        split: Split = "train",
+        split: str = "train",
         kinds: Sequence[str] | None = None,
         max_turns: int = 6,
         tool_prompt: bool = True,
         system_prompt: str | None = PROMPT,
         few_shot: int | Sequence[Sequence[str]] = 0,
+        data: str | Mapping[str, str] | None = None,
+        fields: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         if max_turns < 1:
             raise ValueError(f"max_turns is {max_turns}; expected 1 or more")
-        self.kinds = _valid_kinds(kinds)
-        self.questions = questions_of(valid_split(split), self.kinds)
+        if data is not None and kinds is not None:
+            raise ValueError(f"kinds is {kinds!r}; it chooses among the built-in questions, so leave it out with data")
+        self.kinds = _valid_kinds(kinds) if data is None else ()
+        self.questions: Sequence[Asked] = (
+            questions_of(split, self.kinds) if data is None else TableQuestions(data, split, fields)
+        )
         self.size = len(self.questions)
         self.max_turns = max_turns
-        self.system_prompt = "\n\n".join(part for part in (system_prompt, TOOL_PROMPT * tool_prompt) if part) or None
-        self.few_shot = few_shot_examples(few_shot, lambda: ToolQAEnv("train", kinds))
+        self.tools = (LOOKUP if data is None else LOOKUP_ENTRY, CALCULATE)
+        told = TOOL_PROMPT.format(**(OF_COUNTRIES if data is None else OF_ENTRIES)) if tool_prompt else ""
+        self.system_prompt = "\n\n".join(part for part in (system_prompt, told) if part) or None
+        training = portion_named(split).training
+        self.few_shot = few_shot_examples(few_shot, lambda: ToolQAEnv(training, kinds, data=data, fields=fields))
         self.question = self.questions[0]
         self.progress = Progress()
 
     def begin(self, index: int | None) -> tuple[str, dict[str, Any]]:
         self.progress = Progress()
-        phrasing = 0
-        if index is None:
-            kind = one_of(self.kinds, self.np_random)
-            self.question = one_of([question for question in self.questions if question.kind == kind], self.np_random)
-            phrasing = int(self.np_random.integers(len(PHRASINGS[self.question.kind])))
-        else:
+        if index is not None:
             self.question = self.questions[index]
-        a, b = self.question.countries[0].subject, self.question.countries[-1].subject
-        return PHRASINGS[self.question.kind][phrasing].format(a=a, b=b), self._info()
+            return self.question.phrasings[0], self._info()
+        among = self.questions
+        if self.kinds:
+            kind = one_of(self.kinds, self.np_random)
+            among = [question for question in self.questions if question.kind == kind]
+        self.question = one_of(among, self.np_random)
+        return one_of(self.question.phrasings, self.np_random), self._info()
 
     def respond(self, answer: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         self.progress.turns += 1
@@ -228,13 +172,14 @@ class ToolQAEnv(MultiTurnTask):
     def demonstration(self) -> list[str]:
         """One look-up or calculation a turn, then the answer."""
         question = self.question
-        calls = [written("lookup", country=country.name, field=field) for country, field in question.needed]
+        entry, field = _required(self.tools[0])
+        calls = [written("lookup", **{entry: name, field: wanted}) for name, wanted in question.look_ups]
         if question.expression:
             calls.append(written("calculate", expression=question.expression))
         return [*calls, question.references[0]]
 
     def _final(self, answer: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        score = graded(self.question, answer)
+        score = self.question.graded(answer)
         info = self._info() | {"rewards": {"answer": score}, "metrics": self._metrics(score)}
         return "", score, True, False, info
 
@@ -243,7 +188,7 @@ class ToolQAEnv(MultiTurnTask):
         results = []
         problems = [f"error: this call is malformed: {problem}" for problem in parsed.problems]
         for call in parsed.calls:
-            problem = _misused(call)
+            problem = _misused(call, self.tools)
             if problem:
                 problems.append(f"error: {problem}")
             else:
@@ -257,16 +202,12 @@ class ToolQAEnv(MultiTurnTask):
         return [*results, *problems]
 
     def _look_up(self, call: Call, rewards: dict[str, float]) -> str:
-        name, field = str(call.arguments["country"])[:100], str(call.arguments["field"]).strip().lower()[:100]
-        country = countries_by_name().get(found_by(name))
-        if country is None:
-            return f"error: there is no country {name!r}"
-        if field not in FIELDS:
-            return f"error: there is no field {field!r}; there are {', '.join(FIELDS)}"
-        if (country, field) in self.question.needed and not self.progress.looked_up:
+        name, field = (str(call.arguments[argument])[:100] for argument in _required(self.tools[0]))
+        said, needed = self.question.look_up(name, field.strip().lower())
+        if needed and not self.progress.looked_up:
             self.progress.looked_up = True
             rewards["calls"] += CALL_REWARD
-        return f"{field} of {country.name}: {fact(country, field)}"
+        return said
 
     def _calculate(self, call: Call, rewards: dict[str, float]) -> str:
         expression = str(call.arguments["expression"])
@@ -274,24 +215,18 @@ class ToolQAEnv(MultiTurnTask):
             result = calculate(expression)
         except CalculationError as error:
             return f"error: {error}"
-        wanted = self.question.expression
-        if (
-            wanted
-            and not self.progress.calculated
-            and close(float(result), float(calculate(wanted)), self.question.kind)
-        ):
+        if not self.progress.calculated and self.question.calculates(float(result)):
             self.progress.calculated = True
             rewards["calls"] += CALL_REWARD
         return result
 
     def _info(self) -> dict[str, Any]:
         question = self.question
-        names = [country.name for country in question.countries]
         return {
             "task_id": question.id,
             "kind": question.kind,
             "references": question.references,
-            "fields": {"countries": names, "expression": question.expression},
+            "fields": question.fields,
         }
 
     def _metrics(self, score: float) -> dict[str, float]:
@@ -304,105 +239,24 @@ class ToolQAEnv(MultiTurnTask):
         }
 
 
-def graded(question: Question, answer: str) -> float:
-    """How right a final answer is, in [0, 1]."""
-    if question.kind == "capital":
-        return exact_match(answer, question.references) or token_f1(answer, question.references)
-    number = last_number(answer)
-    right = number is not None and close(number, float(calculate(question.expression)), question.kind)
-    if question.kind != "difference":
-        return float(right)
-    return 0.5 * right + 0.5 * (first_named(answer, question.countries) == question.larger)
-
-
-def last_number(text: str) -> float | None:
-    """The last number of a text; "1,234", "1 234" and "1.2 million" are understood.
-
-    >>> last_number("It has 1,200 people, which is 3.5 per km2."), last_number("about 12.5 million")
-    (3.5, 12500000.0)
-    """
-    found = None
-    for found in NUMBER.finditer(text[-READ:]):  # noqa: B007  (the last one is meant)
-        pass
-    if found is None:
-        return None
-    sign, whole, decimals, multiple = found.groups(default="")
-    return float(re.sub(r"\D", "", whole) + decimals) * MULTIPLES[multiple.lower()] * (-1 if sign else 1)
-
-
-def close(number: float, wanted: float, kind: str) -> bool:
-    """True if the number is `wanted` but for rounding."""
-    return abs(number - wanted) <= max(TOLERANCE * abs(wanted), 0.05 if kind == "density" else 0.5) * (1 + 1e-9)
-
-
-def first_named(text: str, countries: Sequence[Country]) -> Country | None:
-    """The country that is named first in the text."""
-
-    def spaced(words: str) -> str:
-        return f" {' '.join(re.findall(WORD, words.casefold()))} "
-
-    plain = spaced(text)
-
-    def place(country: Country) -> int:
-        found = (plain.find(spaced(name)) for name in (country.name, *country.aliases))
-        return min((at for at in found if at >= 0), default=len(plain))
-
-    first = min(countries, key=place)
-    return first if place(first) < len(plain) else None
-
-
-def fact(country: Country, field: str) -> str:
-    """What `lookup` says."""
-    if field == "capital":
-        return country.capitals[0] if country.capitals else "none"
-    if field == "area":
-        return f"{country.area} km2"
-    return str(getattr(country, field)) or "none"
-
-
 def written(name: str, **arguments: str) -> str:
     """A call as the tool prompt shows it."""
     call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
     return f"<tool_call>\n{call}\n</tool_call>"
 
 
-@cache
-def questions_of(split: Split, kinds: tuple[str, ...] = KINDS) -> tuple[Question, ...]:
-    """The questions of a split, shuffled once and for all, so that every prefix mixes the kinds."""
-    countries = [country for country in load_countries() if split_of(country.group) == split]
-    questions = [question for kind in kinds for question in questions_on(kind, countries)]
-    return tuple(sorted(questions, key=lambda question: position(question.id)))
+def _required(tool: Mapping[str, Any]) -> Sequence[str]:
+    """The arguments of a tool."""
+    names: Sequence[str] = tool["function"]["parameters"]["required"]
+    return names
 
 
-def questions_on(kind: str, countries: Sequence[Country]) -> list[Question]:
-    """The fair questions of a kind, at most `PER_KIND`; kinds take different pairs as long as there are enough."""
-    if kind == "density":
-        fair = (country for country in countries if country.population / country.area >= SMALLEST_DENSITY)
-        return [Question(kind, (country,)) for country in fair]
-    pairs = fair_pairs(tuple(countries))
-    start = PER_KIND * KINDS.index(kind) % len(pairs)
-    turned = [*pairs[start:], *pairs[:start]]
-    known = [pair for pair in turned if kind != "capital" or all(country.capitals for country in pair)]
-    return [Question(kind, pair) for pair in known[:PER_KIND]]
-
-
-@cache
-def fair_pairs(countries: tuple[Country, ...]) -> list[tuple[Country, Country]]:
-    """Pairs whose populations compare well, shuffled; which of two comes first is by hash as well."""
-    found = []
-    for one, other in combinations(countries, 2):
-        small, large = sorted((one.population, other.population))
-        if SMALLEST_RATIO <= large / small <= LARGEST_RATIO:
-            place = position(f"{one.id}+{other.id}")
-            found.append((place, (other, one) if place % 2 else (one, other)))
-    return [pair for _, pair in sorted(found, key=lambda ranked: ranked[0])]
-
-
-def _misused(call: Call) -> str:
+def _misused(call: Call, tools: Sequence[Mapping[str, Any]]) -> str:
     """What is wrong with the tool or the arguments of a call; "" if nothing."""
-    if call.name not in PARAMETERS:
-        return f"there is no tool {call.name[:100]!r}; there are {', '.join(PARAMETERS)}"
-    wanted = PARAMETERS[call.name]
+    known = {tool["function"]["name"]: _required(tool) for tool in tools}
+    if call.name not in known:
+        return f"there is no tool {call.name[:100]!r}; there are {', '.join(known)}"
+    wanted = known[call.name]
     if set(call.arguments) != set(wanted):
         return f"{call.name} takes {' and '.join(wanted)}"
     if not all(isinstance(value, str | int | float) for value in call.arguments.values()):

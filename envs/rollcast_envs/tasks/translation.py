@@ -13,7 +13,6 @@ from rollcast_envs.corpus import corpus_bleu, corpus_chrf
 from rollcast_envs.errors import DataError
 from rollcast_envs.records import Field, Record, open_records
 from rollcast_envs.rewards import bleu, chrf
-from rollcast_envs.splits import Split
 from rollcast_envs.tasks.single_turn import SingleTurnTask, Verdict
 from rollcast_envs.text import Answered, CorpusFigure
 
@@ -46,7 +45,7 @@ class TranslationEnv(SingleTurnTask):
 
     def __init__(
         self,
-        split: Split = "train",
+        split: str = "train",
         source: str = "en",
         target: str = "es",
         reward: Literal["chrf", "bleu"] = "chrf",
@@ -61,7 +60,7 @@ class TranslationEnv(SingleTurnTask):
         said = f"Translate {_name(source)} to {_name(target)}." if system_prompt is None else system_prompt
         super().__init__(split, data, fields, said, few_shot)
 
-    def open(self, split: Split, data: str | Mapping[str, str] | None, fields: Mapping[str, str] | None) -> Any:
+    def open(self, split: str, data: str | Mapping[str, str] | None, fields: Mapping[str, str] | None) -> Any:
         if data is not None:
             return super().open(split, data, fields)
         pair = {self.source, self.target}
