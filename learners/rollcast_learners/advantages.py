@@ -5,13 +5,13 @@ and group-relative advantages. Does not know what a reward means, which tokens a
 whom: data-parallel learners all-reduce `moments` themselves. Nothing here is differentiable: advantages are
 data to the losses.
 
-Legend for shapes: B sequences, T tokens of one sequence, N trained tokens of a batch, G groups.
+Legend for shapes: B sequences, T tokens of one sequence, N trained tokens of a batch, E its episodes, G groups.
 """
-
-from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from rollcast_learners.losses import answers_of, discounted_sums, tokens_left
 
 EPSILON = 1e-8
 """Added to a standard deviation before dividing by it."""
@@ -28,22 +28,35 @@ def gae(rewards_T: Tensor, values_T: Tensor, bootstrap_value: float, gamma: floa
     episode ended, the critic's estimate where the environment cut it short. A non-finite reward or value
     reaches every earlier token: drop such sequences first (`guard.finite_sequences`).
 
-    Deviation: computed in float64 whatever comes in, then cast back. The scan runs over plain numbers,
-    because a scan over 0-d tensors costs microseconds a token and, on a GPU, a wait for each of them.
+    Deviation: computed in float64 whatever comes in, then cast back.
     """
-    dtype = _checked_dtype(rewards_T, values_T)
-    rewards_T, exact_T = (column_T.detach().to("cpu", torch.float64) for column_T in (rewards_T, values_T))
-    next_values_T = torch.cat([exact_T, exact_T.new_tensor([bootstrap_value])])[1:]
-    deltas_T = rewards_T + gamma * next_values_T - exact_T
-    advantages_T = exact_T.new_tensor(_discounted_sums(deltas_T.tolist(), gamma * lam))
-    returns_T = advantages_T + exact_T
-    return advantages_T.to(values_T.device, dtype), returns_T.to(values_T.device, dtype)
+    length_1 = torch.full((1,), len(rewards_T), device=values_T.device)
+    bootstrap_1 = torch.full((1,), bootstrap_value, dtype=torch.float64, device=values_T.device)
+    return gae_of_episodes(rewards_T.to(values_T.device), values_T, bootstrap_1, length_1, gamma, lam)
 
 
-def moments(advantages_N: Tensor) -> Tensor:
-    """Count, sum and sum of squares, in float64: add them over micro-batches and learners, then `whiten`."""
-    exact_N = advantages_N.detach().to(torch.float64)
-    return torch.stack([exact_N.new_tensor(exact_N.numel()), exact_N.sum(), exact_N.square().sum()])
+def gae_of_episodes(
+    rewards_N: Tensor, values_N: Tensor, bootstrap_E: Tensor, lengths_E: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """`gae` of E sequences at once, which lie one after the other, `lengths_E` tokens each. All on one device, for
+    which nobody waits."""
+    dtype = _checked_dtype(rewards_N, values_N)
+    rewards_N, exact_N = (column_N.detach().to(torch.float64) for column_N in (rewards_N, values_N))
+    at_the_end_N = tokens_left(lengths_E, len(exact_N)) == 0
+    bootstrap_N = bootstrap_E.to(torch.float64)[answers_of(lengths_E, len(exact_N))]
+    next_values_N = torch.where(at_the_end_N, bootstrap_N, exact_N.roll(-1))
+    advantages_N = discounted_sums(rewards_N + gamma * next_values_N - exact_N, lengths_E, gamma * lam)
+    return advantages_N.to(dtype), (advantages_N + exact_N).to(dtype)
+
+
+def moments(values_N: Tensor, mask_N: Tensor | None = None) -> Tensor:
+    """Count, sum and sum of squares of the unmasked values, in float64: add them over micro-batches and learners, then
+    `whiten`. What stands at masked places does not matter."""
+    exact_N = values_N.detach().to(torch.float64)
+    if mask_N is None:
+        mask_N = torch.ones_like(exact_N, dtype=torch.bool)
+    kept_N = torch.where(mask_N.bool(), exact_N, 0)
+    return torch.stack([mask_N.to(torch.float64).sum(), kept_N.sum(), kept_N.square().sum()])
 
 
 def whiten(advantages_N: Tensor, moments_3: Tensor | None = None) -> Tensor:
@@ -67,49 +80,58 @@ def centre(advantages_N: Tensor, moments_3: Tensor | None = None) -> Tensor:
 
 
 def group_advantages(
-    returns_B: Tensor, group_B: Tensor, weights_B: Tensor | None = None, *, scale: bool = True
+    returns_B: Tensor,
+    group_B: Tensor,
+    weights_B: Tensor | None = None,
+    *,
+    scale: bool = True,
+    groups: int | None = None,
 ) -> Tensor:
     """Each return centred and scaled by its group, as in GRPO (DeepSeekMath, Shao et al. 2024, section 4.1).
 
     Without `scale` only centred, as in Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, section 3.2).
 
-    `group_B` holds any whole numbers; equal ones are samples of one prompt. A group without spread (all
-    samples equally good, or a single one) gets zeros: it says nothing about what to prefer. Token advantages
-    are normalised by group with the same call, each token carrying the number of its group.
+    `group_B` holds any whole numbers; equal ones are samples of one prompt. With `groups` they are those from 0 to
+    `groups` - 1, and nobody waits for the device to tell which there are. A group without spread (all samples equally
+    good, or a single one) gets zeros: it says nothing about what to prefer. Token advantages are normalised by group
+    with the same call, each token carrying the number of its group.
 
     Deviation: the population's standard deviation (the paper does not say which); common code divides by
     count - 1.
     """
     _check_same_length("group_B", group_B, "returns_B", returns_B)
-    _, inverse_B = torch.unique(group_B, return_inverse=True)
+    group_B, groups = _numbered(group_B, groups)
     exact_B = returns_B.detach().to(torch.float64)
     weights_B = torch.ones_like(exact_B) if weights_B is None else weights_B.to(exact_B)
-    centred_B = exact_B - _group_means(exact_B, inverse_B, weights_B)[inverse_B]
+    centred_B = exact_B - _group_means(exact_B, group_B, weights_B, groups)[group_B]
     if not scale:
         return centred_B.to(returns_B.dtype)
-    variance_G = _group_means(centred_B.square(), inverse_B, weights_B)
-    divisor_G = _divisor(variance_G, _group_means(exact_B.square(), inverse_B, weights_B))
-    return (centred_B / divisor_G[inverse_B]).to(returns_B.dtype)
+    variance_G = _group_means(centred_B.square(), group_B, weights_B, groups)
+    divisor_G = _divisor(variance_G, _group_means(exact_B.square(), group_B, weights_B, groups))
+    return (centred_B / divisor_G[group_B]).to(returns_B.dtype)
 
 
-def leave_one_out(returns_E: Tensor, group_E: Tensor) -> Tensor:
+def leave_one_out(returns_E: Tensor, group_E: Tensor, groups: int | None = None) -> Tensor:
     """The mean return of the *other* samples of each group: RLOO's baseline (Ahmadian et al. 2024).
 
-    A sample alone in its group gets its own return: nothing says whether it was good.
+    A sample alone in its group gets its own return: nothing says whether it was good. `groups` as of
+    `group_advantages`.
     """
     _check_same_length("group_E", group_E, "returns_E", returns_E)
-    _, inverse_E = torch.unique(group_E, return_inverse=True)
+    group_E, groups = _numbered(group_E, groups)
     exact_E = returns_E.detach().to(torch.float64)
-    counts_E = torch.bincount(inverse_E)[inverse_E].to(torch.float64)
-    totals_E = _group_means(exact_E, inverse_E, torch.ones_like(exact_E))[inverse_E] * counts_E
+    counts_E = _group_sums(torch.ones_like(exact_E), group_E, groups)[group_E]
+    totals_E = _group_sums(exact_E, group_E, groups)[group_E]
     baseline_E = torch.where(counts_E > 1, (totals_E - exact_E) / (counts_E - 1).clamp(min=1), exact_E)
     return baseline_E.to(returns_E.dtype)
 
 
-def _discounted_sums(deltas: list[float], decay: float) -> list[float]:
-    """`sums[t] = deltas[t] + decay * sums[t + 1]`: one scan from the end."""
-    backwards = accumulate(reversed(deltas), lambda running, delta: delta + decay * running)
-    return list(backwards)[::-1]
+def _numbered(group_B: Tensor, groups: int | None) -> tuple[Tensor, int]:
+    """Groups by numbers from 0, and how many there are."""
+    if groups is not None:
+        return group_B, groups
+    found_G, inverse_B = torch.unique(group_B, return_inverse=True)
+    return inverse_B, len(found_G)
 
 
 def _divisor(variance: Tensor, mean_square: Tensor) -> Tensor:
@@ -118,10 +140,12 @@ def _divisor(variance: Tensor, mean_square: Tensor) -> Tensor:
     return torch.where(variance > NO_SPREAD * mean_square, deviation, torch.inf)
 
 
-def _group_means(values_B: Tensor, inverse_B: Tensor, weights_B: Tensor) -> Tensor:
-    groups = int(inverse_B.max()) + 1 if len(inverse_B) else 0
-    sums_G = values_B.new_zeros(groups).index_add(0, inverse_B, values_B * weights_B)
-    return sums_G / values_B.new_zeros(groups).index_add(0, inverse_B, weights_B)
+def _group_means(values_B: Tensor, group_B: Tensor, weights_B: Tensor, groups: int) -> Tensor:
+    return _group_sums(values_B * weights_B, group_B, groups) / _group_sums(weights_B, group_B, groups)
+
+
+def _group_sums(values_B: Tensor, group_B: Tensor, groups: int) -> Tensor:
+    return values_B.new_zeros(groups).index_add(0, group_B, values_B)
 
 
 def _checked_dtype(rewards_T: Tensor, values_T: Tensor) -> torch.dtype:

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from rollcast_learners import attention_flex
 from rollcast_learners.batch import Batch
+from rollcast_learners.upload import upload
 
 NAME = "rollcast_packed"
 LARGEST_MASKED_FAMILY = 1024
@@ -88,8 +88,8 @@ def family_mask(prefix_length: int, tail_lengths: list[int]) -> NDArray[np.bool_
 
 
 def additive(seen: NDArray[np.bool_], dtype: torch.dtype, device: torch.device) -> Tensor:
-    zeros = torch.zeros(seen.shape, dtype=dtype)
-    return zeros.masked_fill_(torch.from_numpy(~seen), float("-inf")).to(device)
+    zeros = torch.zeros(seen.shape, dtype=dtype, device=device)
+    return zeros.masked_fill_(upload(~seen, device), float("-inf"))
 
 
 def _large_family(
@@ -131,12 +131,10 @@ def packed_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _no_mask(*_: object, **__: object) -> None:
-    """transformers asks for a mask by the attention's name; the packing carries its own."""
-
-
 def register() -> str:
-    """Makes the attention known to transformers and returns its name for `attn_implementation=`."""
+    """Makes the attention known to transformers and returns its name for `attn_implementation=`.
+
+    No mask goes with it: the packing carries its own, and to make one transformers would wait for the device.
+    """
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
     return NAME

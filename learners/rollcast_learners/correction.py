@@ -12,12 +12,13 @@ is measured from the proximal policy, and the weight here stands for proximal ag
 Legend for shapes: T tokens, E answers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from rollcast_learners.advantages import moments
 from rollcast_learners.losses import LOG_RATIO_LIMIT, answers_of
 
 Correction = Literal["none", "decoupled", "token_tis", "sequence_tis", "token_mask", "sequence_mask"]
@@ -48,23 +49,22 @@ def weights(
         raise ValueError(f"correction is {kind!r}; expected none or one of {', '.join(_RULES)}: set buffer.correction")
     gap_T = torch.where(mask_T.bool(), proximal_T.detach() - behaviour_T.detach(), 0)
     if kind.startswith("sequence"):
-        answer_T = answers_of(lengths_E)
+        answer_T = answers_of(lengths_E, len(gap_T))
         gap_T = gap_T.new_zeros(len(lengths_E)).index_add(0, answer_T, gap_T)[answer_T]
     return _RULES[kind](gap_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp(), low, high)
 
 
 def effective_moments(weights_T: Tensor, mask_T: Tensor) -> Tensor:
     """Count, sum and sum of squares of the unmasked weights, float64: add over learners, then `effective_share`."""
-    kept_T = weights_T[mask_T.bool()].to(torch.float64)
-    return torch.stack([kept_T.new_tensor(kept_T.numel()), kept_T.sum(), kept_T.square().sum()])
+    return moments(weights_T, mask_T)
 
 
-def effective_share(moments_3: Tensor) -> float:
+def effective_share(moments_3: Iterable[Tensor | float]) -> float:
     """Effective sample size over the number of tokens, `(sum w)^2 / (n sum w^2)` (Kong 1992): 1 where all weigh alike.
 
     0 where nothing weighs anything.
     """
-    count, total, squares = moments_3.tolist()
+    count, total, squares = (float(moment) for moment in moments_3)
     return total**2 / (count * squares) if count and squares else 0.0
 
 

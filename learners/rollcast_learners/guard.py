@@ -143,8 +143,8 @@ def finite_sequences(lengths_B: Tensor, *columns_T: Tensor) -> Tensor:
     return counts_T[ends_B] - counts_T[ends_B - lengths_B] == lengths_B
 
 
-def clip_rewards(values: Tensor, limit: float) -> tuple[Tensor, int]:
-    """Rewards held within +-`limit`, and how many were beyond it. NaN stays NaN: drop those samples."""
+def clip_rewards(values: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Rewards held within +-`limit`, and how many were beyond it (0-d). NaN stays NaN: drop those samples."""
     if not limit > 0:
         raise ValueError(f"reward limit is {limit}; expected a number above 0: set learner.reward_clip")
-    return values.clamp(-limit, limit), int((values.abs() > limit).sum())
+    return values.clamp(-limit, limit), (values.abs() > limit).sum()

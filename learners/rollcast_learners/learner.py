@@ -3,8 +3,10 @@
 Owns: one step, from a packed batch to an updated policy. Does not know Ray, where batches come from, or how many
 learners there are: `reduce` sums a tensor over all of them and does nothing when there is one.
 
-    step:      clip rewards -> score -> advantages -> epochs of minibatches
-    minibatch: micro-batches of forward, loss, backward -> one all-reduce -> the guard's verdict -> AdamW
+    step:      clip rewards -> score -> advantages -> epochs of minibatches -> figures
+    minibatch: micro-batches of forward, loss, backward -> all-reduce -> the guard's verdict -> AdamW
+
+The host waits for the device once a minibatch, for the verdict, and once more for the figures of the step.
 
 The algorithm (`algorithms.py`) chooses the loss and, through its presets, how advantages are made (`scoring.py`); it
 changes no line here. The default is proximal policy optimisation (Schulman et al. 2017) with a critic. Deviations from
@@ -15,8 +17,10 @@ learners, so that micro-batches and packing change nothing.
 Legend: E episodes, N trained tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,14 +31,16 @@ from rollcast_learners import losses
 from rollcast_learners.advantages import NO_SPREAD, moments
 from rollcast_learners.algorithms import ALGORITHMS, LossName
 from rollcast_learners.batch import Batch
+from rollcast_learners.correction import effective_share
 from rollcast_learners.guard import Diverged, NumericGuard, Verdict, clip_rewards
 from rollcast_learners.losses import Metrics, kl, token_mean, value_loss
 from rollcast_learners.optimizer import MasterAdamW, Reduce, rate_factor
 from rollcast_learners.policy import Outputs, Policy, Reference
 from rollcast_learners.scoring import Scored, Scorer
 from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
-from rollcast_learners.sums import LOSS_MEANS, TOKEN_MEANS, StepSums
+from rollcast_learners.sums import LOSS_MEANS, METRICS, TOKEN_MEANS, StepSums
 from rollcast_learners.types import TokenDetails
+from rollcast_learners.upload import upload
 
 KL_STOP = 10.0
 """Nats of behaviour KL a token beyond which the rest of a step is skipped: the samples no longer fit."""
@@ -54,6 +60,20 @@ class StepResult:
     diverged: str | None = None
     details: tuple[TokenDetails, ...] = field(default=(), compare=False)
     """Of each learner's share."""
+
+
+class StepFigures(NamedTuple):
+    """What is read at the end of a step, over all learners. Moments are count, sum and sum of squares."""
+
+    clipped_rewards: float
+    errors_3: Sequence[float]
+    returns_3: Sequence[float]
+    effective_3: Sequence[float]
+    """Zeros where there is no correction."""
+
+    @classmethod
+    def of(cls, row: Sequence[float]) -> "StepFigures":
+        return cls(row[0], row[1:4], row[4:7], row[7:10])
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,21 +137,22 @@ class PolicyLearner:
 
     def step(self, batch: Batch) -> StepResult:
         """One step on this learner's share of the samples. The same step on every learner."""
-        rewards_N, clipped = clip_rewards(torch.from_numpy(batch.rewards_N.copy()), self.settings.reward_clip)
-        sums = StepSums()
+        rewards_N, clipped = clip_rewards(upload(batch.rewards_N, self.policy.device), self.settings.reward_clip)
+        totals: dict[str, float] = defaultdict(float)
         scored = self._score(batch, rewards_N)
         self._watched = Watched(len(batch.target_N), self.policy.device)
         diverged = None
         try:
             for episodes in self._minibatches(batch):
-                if self._optimise(batch, episodes, scored, sums) > KL_STOP:
+                if self._optimise(batch, episodes, scored, totals) > KL_STOP:
                     break
         except Diverged as error:
             diverged = error.reason
-        metrics = self._metrics(sums, scored, batch, clipped)
+        figures, columns_4N = self._read(scored, clipped)
+        metrics = self._metrics(totals, figures)
         self._adapt_kl(metrics, batch.episodes_total)
         self.steps_done += 1
-        return StepResult(metrics, diverged, (self._watched.details(batch, scored),))
+        return StepResult(metrics, diverged, (TokenDetails(batch.index_E, batch.episode_length_E, *columns_4N),))
 
     def _score(self, batch: Batch, rewards_N: Tensor) -> Scored:
         """What the losses compare against, under the policy as it is now."""
@@ -148,27 +169,30 @@ class PolicyLearner:
             for part in range(self.settings.minibatches):
                 yield np.flatnonzero(part_of[batch.index_E] == part)
 
-    def _optimise(self, batch: Batch, episodes: NDArray[np.intp], scored: Scored, sums: StepSums) -> float:
+    def _optimise(self, batch: Batch, episodes: NDArray[np.intp], scored: Scored, of_step: dict[str, float]) -> float:
         """One optimiser step; returns the behaviour KL a token it saw."""
         self.optimizer.clear()
         whole = scored.outputs is not None
         minibatch = batch if whole else batch.select(episodes)
-        trained_of_minibatch = torch.from_numpy(batch.trained_of(episodes))
-        local = StepSums()
-        parts = [(batch, episodes, slice(None))] if whole else self.scorer.parts(minibatch)
+        trained_of_minibatch = upload(batch.trained_of(episodes), self.policy.device)
+        sums = StepSums(self.policy.device)
+        parts = [(batch, None, slice(None))] if whole else self.scorer.parts(minibatch)
         for part, _, trained in parts:
             outputs = scored.outputs if scored.outputs is not None else self._forward(part)
             at = trained_of_minibatch[trained]
             self._watched.see(outputs.logprobs_N, at)
-            loss = self._loss(part, outputs, scored, at, local)
+            loss = self._loss(part, outputs, scored, at, sums)
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.accumulate(self.scorer.counted(part))
-        norm, count = self.optimizer.reduce(self.reduce)
-        totals = local.total(self.reduce)
+            sums.count(part.trained_tokens, part.trained_episodes)
+        norm_and_count, sums_M = self.optimizer.reduce(self.reduce), sums.over_learners(self.reduce)
+        norm, count, *found = torch.cat([norm_and_count, sums_M]).tolist()
         if not count:
             return 0.0  # Nothing to learn from: not even AdamW's momentum moves the policy.
+        totals: dict[str, float] = dict(zip(METRICS, found, strict=True))
         self._apply(norm, bool(np.isfinite(totals["loss"])))
-        sums.add({**totals, "grad_norm": norm, "optimizer_steps": 1.0})
+        for name, value in {**totals, "grad_norm": norm, "optimizer_steps": 1.0}.items():
+            of_step[name] += value
         return totals["kl/behaviour"] / totals["tokens"]
 
     def _apply(self, norm: float, finite: bool) -> None:
@@ -193,9 +217,9 @@ class PolicyLearner:
 
     def _loss(self, part: Batch, outputs: Outputs, scored: Scored, at: Tensor, sums: StepSums) -> Tensor:
         """Sum, not mean, over the part's tokens: the optimiser divides by the count over all learners."""
-        settings, device = self.settings, self.policy.device
-        mask_N = torch.from_numpy(part.loss_mask_N.copy()).to(device)
-        lengths_E = torch.from_numpy(part.episode_length_E.astype(np.int64)).to(device)
+        settings = self.settings
+        mask_N = scored.mask_N[at]
+        lengths_E = upload(part.episode_length_E, self.policy.device, np.int64)
         columns = Columns(outputs, scored, at, mask_N, lengths_E, settings, self.kl_coef)
         weights_N = columns.weights_N
         loss, metrics = self.loss(columns)
@@ -215,8 +239,7 @@ class PolicyLearner:
             if self.scorer.kl_applied_as == "loss":
                 loss = loss + self.kl_coef * weighted_mean(distance_N, mask_N, weights_N)
             metrics["kl/reference"] = token_mean(distance_N.detach(), mask_N, 1)
-        counts = {"tokens": mask_N.sum(), "answers": torch.tensor(part.trained_episodes)}
-        sums.add_tensors({**metrics, "loss": loss.detach(), **counts})
+        sums.add({**metrics, "loss": loss.detach()})
         return loss
 
     def _adapt_kl(self, metrics: dict[str, float], samples: int) -> None:
@@ -225,24 +248,35 @@ class PolicyLearner:
             error = np.clip(metrics["kl/reference"] / self.kl.target - 1, -KL_ERROR_LIMIT, KL_ERROR_LIMIT)
             self.kl_coef *= float(1 + error * samples / self.kl.horizon)
 
-    def _metrics(self, sums: StepSums, scored: Scored, batch: Batch, clipped: int) -> dict[str, float]:
+    def _read(self, scored: Scored, clipped: Tensor) -> tuple[StepFigures, NDArray[np.float32]]:
+        """What is left to know of a step over all learners, and the columns of `Watched`: one transfer."""
+        errors_3 = moments(scored.returns_N - scored.values_N, scored.mask_N)
+        returns_3 = moments(scored.returns_N, scored.mask_N)
+        effective_3 = torch.zeros_like(errors_3) if scored.effective_3 is None else scored.effective_3
+        figures_F = torch.cat([clipped.to(errors_3)[None], errors_3, returns_3, effective_3])
+        self.reduce(figures_F)
+        columns_4N = self._watched.columns(scored)
+        read = torch.cat([figures_F, columns_4N.flatten()]).cpu().numpy()
+        figures, columns = np.split(read, [len(figures_F)])
+        return StepFigures.of(figures.tolist()), columns.reshape(columns_4N.shape).astype(np.float32)
+
+    def _metrics(self, totals: dict[str, float], figures: StepFigures) -> dict[str, float]:
         """Of the whole step, over all learners. A figure that is not finite is absent."""
-        totals = sums.values
         tokens, steps = max(totals["tokens"], 1.0), max(totals["optimizer_steps"], 1.0)
         count = tokens if self.settings.loss_mean == "tokens" else max(totals["answers"], 1.0)
-        clipped_everywhere = torch.tensor(float(clipped), dtype=torch.float64)
-        self.reduce(clipped_everywhere)
         metrics = {
             **{name: totals[name] / (count if name in LOSS_MEANS else tokens) for name in self.reported},
             "grad_norm": totals["grad_norm"] / steps,
             "learning_rate": self.settings.learning_rate * self.rate,
             "guard/skipped_steps": float(self.guard.skipped),
             "guard/clamped_ratios": totals["clamped"],
-            "guard/clipped_rewards": clipped_everywhere.item(),
-            **self._explained(scored, batch),
+            "guard/clipped_rewards": figures.clipped_rewards,
         }
-        if scored.effective_share is not None:
-            metrics["correction/effective_share"] = scored.effective_share
+        variance = _variance(figures.returns_3)
+        if self.policy.has_values and variance:
+            metrics["explained_variance"] = 1.0 - _variance(figures.errors_3) / variance
+        if any(figures.effective_3):
+            metrics["correction/effective_share"] = effective_share(figures.effective_3)
         if self.kl.target is not None:
             metrics["kl/coef"] = self.kl_coef
         return {name: value for name, value in metrics.items() if np.isfinite(value)}
@@ -256,16 +290,6 @@ class PolicyLearner:
         by_ratio = ALGORITHMS[self.settings.algorithm].loss != "path_consistency"
         silent |= {"soft_value"} if by_ratio else {"clip_fraction"}
         return tuple(name for name in (*LOSS_MEANS, *TOKEN_MEANS) if name not in silent)
-
-    def _explained(self, scored: Scored, batch: Batch) -> dict[str, float]:
-        """Share of the returns' variance that the critic foresaw; absent without either."""
-        mask_N = torch.from_numpy(batch.loss_mask_N.copy()).to(self.policy.device)
-        errors_3 = moments((scored.returns_N - scored.values_N)[mask_N])
-        returns_3 = moments(scored.returns_N[mask_N])
-        self.reduce(errors_3)
-        self.reduce(returns_3)
-        variance, left = _variance(returns_3), _variance(errors_3)
-        return {"explained_variance": 1.0 - left / variance} if self.policy.has_values and variance else {}
 
 
 class Watched:
@@ -283,15 +307,14 @@ class Watched:
 
     def _note(self, at: Tensor) -> Callable[[Tensor], None]:
         def note(gradient_N: Tensor) -> None:
-            self._push_N.index_add_(0, at.to(gradient_N.device), -gradient_N)
+            self._push_N.index_add_(0, at, -gradient_N)
 
         return note
 
-    def details(self, batch: Batch, scored: Scored) -> TokenDetails:
-        columns = torch.stack(
-            [self._logprobs_N, scored.values_N, scored.advantages_N.to(scored.values_N), self._push_N]
-        )
-        return TokenDetails(batch.index_E, batch.episode_length_E, *columns.float().cpu().numpy())
+    def columns(self, scored: Scored) -> Tensor:
+        """Log-probability, value, advantage and push of every token, (4, N), in float64."""
+        found = self._logprobs_N, scored.values_N, scored.advantages_N, self._push_N
+        return torch.stack([column_N.to(torch.float64) for column_N in found])
 
 
 def weighted_mean(values_N: Tensor, mask_N: Tensor, weights_N: Tensor | None) -> Tensor:
@@ -299,9 +322,9 @@ def weighted_mean(values_N: Tensor, mask_N: Tensor, weights_N: Tensor | None) ->
     return token_mean(values_N if weights_N is None else values_N * weights_N, mask_N, 1)
 
 
-def _variance(moments_3: Tensor) -> float:
+def _variance(moments_3: Sequence[float]) -> float:
     """0 where what is left is rounding noise."""
-    count, total, squares = moments_3.tolist()
+    count, total, squares = moments_3
     mean, mean_square = total / max(count, 1.0), squares / max(count, 1.0)
     variance = float(mean_square - mean**2)
     return 0.0 if variance <= NO_SPREAD * mean_square else variance

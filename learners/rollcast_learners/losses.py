@@ -235,7 +235,7 @@ _KL_ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
 
 def sequence_means(values_T: Tensor, mask_T: Tensor, lengths_E: Tensor) -> Tensor:
     """At every token the mean over the unmasked tokens of its answer; 0 where an answer has none."""
-    answer_T = answers_of(lengths_E)
+    answer_T = answers_of(lengths_E, len(values_T))
     sums_E, counts_E = (
         values_T.new_zeros(len(lengths_E)).index_add(0, answer_T, column_T)
         for column_T in (_zero_where_masked(values_T, mask_T), mask_T.to(values_T.dtype))
@@ -243,25 +243,30 @@ def sequence_means(values_T: Tensor, mask_T: Tensor, lengths_E: Tensor) -> Tenso
     return (sums_E / counts_E.clamp(min=1))[answer_T]
 
 
-def answers_of(lengths_E: Tensor) -> Tensor:
-    """The number of each token's answer: the E answers lie one after the other."""
-    return torch.repeat_interleave(torch.arange(len(lengths_E), device=lengths_E.device), lengths_E)
+def answers_of(lengths_E: Tensor, tokens: int) -> Tensor:
+    """The number of each token's answer: the E answers lie one after the other, `tokens` in all."""
+    answers_E = torch.arange(len(lengths_E), device=lengths_E.device)
+    return answers_E.repeat_interleave(lengths_E, output_size=tokens)
 
 
-def discounted_sums(values_T: Tensor, lengths_E: Tensor, gamma: float) -> Tensor:
-    """`sum_(k >= t) gamma^(k-t) values_k` up to the end of each answer; differentiable."""
-    parts = values_T.split_with_sizes(lengths_E.tolist())
-    if gamma == 1.0:
-        sums = [part_T.flip(0).cumsum(0).flip(0) for part_T in parts]
-    else:
-        sums = [_discounts(len(part_T), gamma).to(part_T) @ part_T for part_T in parts]
-    return torch.cat(sums) if sums else values_T
+def tokens_left(lengths_E: Tensor, tokens: int) -> Tensor:
+    """How many tokens of its answer come after each."""
+    ends_T = lengths_E.cumsum(0).repeat_interleave(lengths_E, output_size=tokens)
+    return ends_T - 1 - torch.arange(tokens, device=lengths_E.device)
 
 
-def _discounts(length: int, gamma: float) -> Tensor:
-    """`gamma^(k-t)` for k >= t, else 0; (length, length)."""
-    steps = torch.arange(length, dtype=torch.float64)
-    return torch.triu(gamma ** (steps[None, :] - steps[:, None]).clamp(min=0))
+def discounted_sums(values_T: Tensor, lengths_E: Tensor, decay: float) -> Tensor:
+    """`sum_(k >= t) decay^(k-t) values_k` up to the end of each answer; differentiable.
+
+    A scan from the end in log2(T) rounds over all answers at once: after each, a sum reaches over twice as many tokens.
+    """
+    left_T = tokens_left(lengths_E, len(values_T))
+    sums_T, reach = values_T, 1
+    while reach < len(values_T):
+        beyond_T = torch.cat([sums_T[reach:], sums_T.new_zeros(reach)])
+        sums_T = sums_T + torch.where(left_T >= reach, decay**reach * beyond_T, 0)
+        reach *= 2
+    return sums_T
 
 
 def _cleared(

@@ -4,7 +4,7 @@ Owns: master weights, the gradient buffer, learning rates and their schedule. Do
 how many learners there are: `reduce` is handed in.
 
 One flat buffer means one all-reduce an optimiser step carries gradients, their count and finite flag
-together, and one norm needs one host synchronisation.
+together. Nothing here waits for the device.
 """
 
 import math
@@ -77,13 +77,12 @@ class MasterAdamW:
                 parameter.grad = None
         self.flat[-1] += count
 
-    def reduce(self, reduce: Reduce) -> tuple[float, float]:
-        """Sums over the learners, divides by the count; returns (gradient norm, count). NaN if any was."""
+    def reduce(self, reduce: Reduce) -> Tensor:
+        """Sums over the learners, divides by the count; gradient norm and count, on the device. NaN if any was."""
         reduce(self.flat)
         count = self.flat[-1].clone()
         self.flat[:-1].div_(count.clamp(min=1.0))
-        norm, counted = torch.stack([torch.linalg.vector_norm(self.flat[:-1]), count]).tolist()
-        return norm, counted
+        return torch.stack([torch.linalg.vector_norm(self.flat[:-1]), count])
 
     def step(self, norm: float, grad_clip: float, rate_factor: float, critic_only: bool = False) -> None:
         """Clips and steps; with `critic_only` the language model stays as it is, weight decay included."""

@@ -21,6 +21,7 @@ from rollcast_learners import adapters, attention
 from rollcast_learners.batch import NO_ROW, Batch
 from rollcast_learners.head import Backend, logprobs_and_entropy, scores
 from rollcast_learners.settings import LoraSettings
+from rollcast_learners.upload import upload
 
 Critic = Literal["head", "separate", "none"]
 
@@ -146,7 +147,7 @@ class Policy(nn.Module):
         if self.value_trunk is not None or hidden_TD is None:
             hidden_TD = self.hidden(batch, self.value_trunk)
         values_N = self._value(hidden_TD.index_select(0, self._tensor(batch.row_N)))
-        known_E = torch.from_numpy(batch.bootstrap_row_E != NO_ROW).to(self.device)
+        known_E = upload(batch.bootstrap_row_E != NO_ROW, self.device)
         if not bool((batch.bootstrap_row_E != NO_ROW).any()):
             return values_N, none_E
         with torch.no_grad():
@@ -196,7 +197,7 @@ class Policy(nn.Module):
         return Unadapted(self)
 
     def _tensor(self, column: NDArray[np.int32]) -> Tensor:
-        return torch.from_numpy(column.astype(np.int64)).to(self.device, non_blocking=True)
+        return upload(column, self.device, np.int64)
 
 
 class Unadapted:

@@ -3,6 +3,8 @@
 Owns: the passes that score a batch before anything is learned from it, and the way from rewards to advantages. Does not
 know losses, optimisers, or what a reward means. `docs/algorithms/` says which algorithm uses which of it.
 
+All of it stays on the policy's device, and the host waits for none of it.
+
 Legend: E episodes, N trained tokens.
 """
 
@@ -12,19 +14,19 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rollcast_learners import correction
-from rollcast_learners.advantages import centre, gae, group_advantages, leave_one_out, moments, whiten
+from rollcast_learners.advantages import centre, gae_of_episodes, group_advantages, leave_one_out, moments, whiten
 from rollcast_learners.algorithms import ALGORITHMS, OVER_GROUPS
 from rollcast_learners.batch import Batch
-from rollcast_learners.losses import kl
+from rollcast_learners.losses import answers_of, kl
 from rollcast_learners.optimizer import Reduce
 from rollcast_learners.policy import Outputs, Policy, Reference
 from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
+from rollcast_learners.upload import upload
 
-Part = tuple[Batch, NDArray[np.intp], Tensor]
+Part = tuple[Batch, Tensor, Tensor]
 """A micro-batch, its episodes, and its places in the N columns."""
 
 
@@ -39,13 +41,15 @@ class Scored:
     """Clipped, and less the divergence where that is a reward."""
     old_logprobs_N: Tensor
     """What ratios are measured from: the sampler's own, or with a correction the policy's as the step began."""
+    mask_N: Tensor
+    """Which tokens the losses see."""
     weights_N: Tensor | None
     """What each token's terms are multiplied with; None where that is 1 throughout."""
     reference: "ReferenceScores | None"
     outputs: Outputs | None
     """The forward pass that scored the batch, with its graph, when the one optimiser step can use it."""
-    effective_share: float | None
-    """Effective sample size over tokens, where there is a correction."""
+    effective_3: Tensor | None
+    """Of this learner's share, what `correction.effective_share` is made from; where there is a correction."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,28 +83,31 @@ class Scorer:
         device = self.policy.device
         values_N, bootstrap_E, proximal_N = self._policy_scores(batch, outputs)
         reference = self._reference_scores(batch)
-        behaviour_N = torch.from_numpy(batch.old_logprobs_N.copy())
+        behaviour_N, mask_N = upload(batch.old_logprobs_N, device), upload(batch.loss_mask_N, device)
+        lengths_E = upload(batch.episode_length_E, device, np.int64)
         if reference is not None and self.kl_applied_as == "reward":
-            rewards_N = rewards_N - kl_coef * kl(self.kl.kind, behaviour_N, reference.logprobs_N.cpu())
-        advantages_N, returns_N = self._advantages(batch, rewards_N, values_N.cpu(), bootstrap_E.cpu())
-        behaviour_N = behaviour_N.to(device)
-        weights_N, effective_share = self._weights(batch, proximal_N, behaviour_N)
+            rewards_N = rewards_N - kl_coef * kl(self.kl.kind, behaviour_N, reference.logprobs_N)
+        rates = self.settings.gamma, self.settings.lam
+        advantages_N, returns_N = gae_of_episodes(rewards_N, values_N, bootstrap_E, lengths_E, *rates)
+        corrected = None if proximal_N is None else self._corrections(proximal_N, behaviour_N, mask_N, lengths_E)
         return Scored(
             values_N=values_N,
-            returns_N=returns_N.to(device),
-            advantages_N=self._normalized(batch, advantages_N).to(device),
-            rewards_N=rewards_N.to(device),
+            returns_N=returns_N,
+            advantages_N=self._normalized(batch, advantages_N, mask_N, lengths_E),
+            rewards_N=rewards_N,
             old_logprobs_N=behaviour_N if proximal_N is None else proximal_N,
-            weights_N=weights_N,
+            mask_N=mask_N,
+            weights_N=_product(corrected, self.loss_weights(batch)),
             reference=reference,
             outputs=outputs,
-            effective_share=effective_share,
+            effective_3=None if corrected is None else correction.effective_moments(corrected, mask_N),
         )
 
     def parts(self, batch: Batch) -> Iterator[Part]:
         """The micro-batches of a batch."""
+        device = self.policy.device
         for episodes in batch.microbatches(self.settings.microbatch_tokens):
-            yield batch.select(episodes), episodes, torch.from_numpy(batch.trained_of(episodes))
+            yield batch.select(episodes), upload(episodes, device), upload(batch.trained_of(episodes), device)
 
     def loss_weights(self, batch: Batch) -> Tensor | None:
         """What makes a sum over tokens, divided by tokens or answers, the mean that `loss_mean` names."""
@@ -110,7 +117,7 @@ class Scorer:
             return torch.full((len(batch.target_N),), 1 / self.answer_tokens, device=self.policy.device)
         answer_N = batch.episode_of_N
         counts_E = np.bincount(answer_N, batch.loss_mask_N, batch.episodes).clip(min=1)
-        return torch.from_numpy((1 / counts_E)[answer_N].astype(np.float32)).to(self.policy.device)
+        return upload((1 / counts_E)[answer_N], self.policy.device, np.float32)
 
     def counted(self, batch: Batch) -> int:
         """What the loss is a mean over in this batch: trained tokens, or answers that have any."""
@@ -145,58 +152,37 @@ class Scorer:
                 logprobs_N[trained], normalizers_N[trained] = found.logprobs_N, found.normalizers_N
         return ReferenceScores(logprobs_N, normalizers_N)
 
-    def _weights(
-        self, batch: Batch, proximal_N: Tensor | None, behaviour_N: Tensor
-    ) -> tuple[Tensor | None, float | None]:
-        loss_weights_N = self.loss_weights(batch)
-        if proximal_N is None:
-            return loss_weights_N, None
-        mask_N = torch.from_numpy(batch.loss_mask_N.copy()).to(proximal_N.device)
-        lengths_E = torch.from_numpy(batch.episode_length_E.astype(np.int64)).to(proximal_N.device)
+    def _corrections(self, proximal_N: Tensor, behaviour_N: Tensor, mask_N: Tensor, lengths_E: Tensor) -> Tensor:
         settings = self.correction
         columns = proximal_N, behaviour_N, mask_N, lengths_E
-        weights_N = correction.weights(settings.correction, *columns, settings.correction_low, settings.correction_high)
-        moments_3 = correction.effective_moments(weights_N, mask_N)
-        self.reduce(moments_3)
-        share = correction.effective_share(moments_3)
-        return weights_N if loss_weights_N is None else weights_N * loss_weights_N, share
+        return correction.weights(settings.correction, *columns, settings.correction_low, settings.correction_high)
 
-    def _advantages(
-        self, batch: Batch, rewards_N: Tensor, values_N: Tensor, bootstrap_E: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        if not batch.episodes:
-            return rewards_N, rewards_N
-        lengths = batch.episode_length_E.tolist()
-        pairs = [
-            gae(rewards_T, values_T, bootstrap, self.settings.gamma, self.settings.lam)
-            for rewards_T, values_T, bootstrap in zip(
-                rewards_N.split_with_sizes(lengths),
-                values_N.split_with_sizes(lengths),
-                bootstrap_E.tolist(),
-                strict=True,
-            )
-        ]
-        return torch.cat([a for a, _ in pairs]), torch.cat([r for _, r in pairs])
-
-    def _normalized(self, batch: Batch, advantages_N: Tensor) -> Tensor:
+    def _normalized(self, batch: Batch, advantages_N: Tensor, mask_N: Tensor, lengths_E: Tensor) -> Tensor:
         kind = self.settings.normalize_advantages
         if kind in OVER_GROUPS:
-            advantages_N = self._over_groups(batch, advantages_N)
+            advantages_N = self._over_groups(batch, advantages_N, lengths_E)
         if kind in ("batch", "batch_mean", "group_then_batch"):
-            moments_3 = moments(advantages_N[torch.from_numpy(batch.loss_mask_N.copy())])
+            moments_3 = moments(advantages_N, mask_N)
             self.reduce(moments_3)
             advantages_N = (centre if kind == "batch_mean" else whiten)(advantages_N, moments_3)
         return advantages_N
 
-    def _over_groups(self, batch: Batch, advantages_N: Tensor) -> Tensor:
+    def _over_groups(self, batch: Batch, advantages_N: Tensor, lengths_E: Tensor) -> Tensor:
         # Each episode counts once, however long: with one reward an episode this is the advantage of the papers.
-        lengths_E = torch.from_numpy(batch.episode_length_E.astype(np.int64))
-        group_E = torch.from_numpy(batch.group_E.astype(np.int64))
-        answer_N = torch.from_numpy(batch.episode_of_N)
+        present, number_E = np.unique(batch.group_E, return_inverse=True)
+        groups, group_E = len(present), upload(number_E, advantages_N.device)
+        answer_N = answers_of(lengths_E, len(advantages_N))
         share_N = 1.0 / lengths_E[answer_N].to(torch.float64)
         if self.settings.normalize_advantages == "leave_one_out":
-            zeros_E = torch.zeros(batch.episodes, dtype=torch.float64)
-            baseline_E = leave_one_out(zeros_E.index_add(0, answer_N, advantages_N * share_N), group_E)
+            zeros_E = torch.zeros(batch.episodes, dtype=torch.float64, device=advantages_N.device)
+            baseline_E = leave_one_out(zeros_E.index_add(0, answer_N, advantages_N * share_N), group_E, groups)
             return (advantages_N - baseline_E[answer_N]).to(advantages_N.dtype)
         scale = self.settings.normalize_advantages == "group"
-        return group_advantages(advantages_N, group_E[answer_N], share_N, scale=scale)
+        return group_advantages(advantages_N, group_E[answer_N], share_N, scale=scale, groups=groups)
+
+
+def _product(one_N: Tensor | None, other_N: Tensor | None) -> Tensor | None:
+    """Of weights, where None is 1 throughout."""
+    if one_N is None or other_N is None:
+        return other_N if one_N is None else one_N
+    return one_N * other_N

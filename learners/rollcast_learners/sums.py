@@ -1,9 +1,9 @@
 """Figures of a learning step, added up over micro-batches and learners without waiting for any of them.
 
-Owns: which figures there are and what each is divided by. Does not know how one is computed.
+Owns: which figures there are and what each is divided by. Does not know how one is computed, or when it is read.
 """
 
-from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -25,24 +25,28 @@ METRICS = ("loss", "tokens", "answers", "clamped", *LOSS_MEANS, *TOKEN_MEANS)
 
 
 class StepSums:
-    """Adds metrics up: tensors without waiting for them, then one transfer and one all-reduce."""
+    """Adds metrics up where they are computed, on the device, without waiting for them.
 
-    def __init__(self) -> None:
-        self.values: dict[str, float] = defaultdict(float)
-        self._tensors: dict[str, Tensor] = {}
+    Legend: M metrics, in the order of `METRICS`.
+    """
 
-    def add_tensors(self, tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            value = tensor.to(torch.float64)
-            self._tensors[name] = self._tensors[name] + value if name in self._tensors else value
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
 
-    def add(self, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.values[name] += value
+    def add(self, figures: Mapping[str, Tensor]) -> None:
+        for name, figure in figures.items():
+            value = figure.to(torch.float64)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def total(self, reduce: Reduce) -> dict[str, float]:
-        """Sums over all learners; one whose share was empty adds zeros."""
-        zero = torch.zeros((), dtype=torch.float64)
-        stacked = torch.stack([self._tensors.get(name, zero).cpu() for name in METRICS])
-        reduce(stacked)
-        return dict(zip(METRICS, stacked.tolist(), strict=True))
+    def count(self, tokens: int, answers: int) -> None:
+        """Trained tokens, and answers that have any."""
+        counted = {"tokens": tokens, "answers": answers}
+        self.add({name: torch.full((), n, dtype=torch.float64, device=self._device) for name, n in counted.items()})
+
+    def over_learners(self, reduce: Reduce) -> Tensor:
+        """Sums over all learners, (M,); one whose share was empty adds zeros."""
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
+        sums_M = torch.stack([self._sums.get(name, zero) for name in METRICS])
+        reduce(sums_M)
+        return sums_M

@@ -16,6 +16,7 @@ from rollcast_learners.losses import token_mean
 from rollcast_learners.policy import Outputs
 from rollcast_learners.scoring import Scored
 from rollcast_learners.sums import StepSums
+from rollcast_learners.upload import upload
 
 
 class SupervisedLearner(PolicyLearner):
@@ -35,13 +36,13 @@ class SupervisedLearner(PolicyLearner):
         """Nothing is compared against: a reference has no reward and no earlier policy."""
         none_N = torch.zeros(len(batch.target_N), device=self.policy.device)
         weights_N = self.scorer.loss_weights(batch)
-        return Scored(none_N, none_N, none_N, none_N, none_N, weights_N, None, None, None)
+        mask_N = upload(batch.loss_mask_N, self.policy.device)
+        return Scored(none_N, none_N, none_N, none_N, none_N, mask_N, weights_N, None, None, None)
 
     def _loss(self, part: Batch, outputs: Outputs, scored: Scored, at: Tensor, sums: StepSums) -> Tensor:
-        mask_N = torch.from_numpy(part.loss_mask_N.copy()).to(self.policy.device)
+        mask_N = scored.mask_N[at]
         weights_N = None if scored.weights_N is None else scored.weights_N[at]
         loss = -weighted_mean(outputs.logprobs_N, mask_N, weights_N)
         entropy = token_mean(outputs.entropy_N.detach(), mask_N, 1)
-        counts = {"tokens": mask_N.sum(), "answers": torch.tensor(part.trained_episodes)}
-        sums.add_tensors({"loss": loss.detach(), "loss/supervised": loss.detach(), "loss/entropy": entropy, **counts})
+        sums.add({"loss": loss.detach(), "loss/supervised": loss.detach(), "loss/entropy": entropy})
         return loss

@@ -12,7 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollcast_learners.advantages import centre, gae, group_advantages, leave_one_out, moments, whiten
+from rollcast_learners.advantages import (
+    centre,
+    gae,
+    gae_of_episodes,
+    group_advantages,
+    leave_one_out,
+    moments,
+    whiten,
+)
 
 Floats = st.lists(st.floats(-1e4, 1e4, width=32), min_size=0, max_size=40)
 
@@ -42,6 +50,51 @@ def test_gae_equals_rllib_on_1000_random_sequences(compute_value_targets):
         advantages, returns = gae(torch.from_numpy(rewards), torch.from_numpy(values), bootstrap, gamma, lam)
         np.testing.assert_allclose(returns, theirs, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(advantages, theirs - values, rtol=1e-5, atol=1e-5)
+
+
+def backwards(rewards: list[float], values: list[float], bootstrap: float, gamma: float, lam: float) -> list[float]:
+    """GAE as the paper's recursion: one token after the other, from the end."""
+    advantages, later, value_after = [], 0.0, bootstrap
+    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
+        later = reward + gamma * value_after - value + gamma * lam * later
+        value_after = value
+        advantages.append(later)
+    return advantages[::-1]
+
+
+@pytest.mark.parametrize("lengths", [[5, 1, 0, 33, 2, 64], [1], [0, 0], [], [200, 1, 1, 7]])
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.97, 0.9), (0.0, 1.0)])
+def test_gae_of_episodes_is_the_recursion_of_each(lengths, gamma, lam):
+    random = torch.Generator().manual_seed(len(lengths))
+    rewards, values = torch.randn(2, sum(lengths), generator=random, dtype=torch.float64)
+    bootstraps = torch.randn(len(lengths), generator=random)
+    advantages, returns = gae_of_episodes(
+        rewards, values, bootstraps, torch.tensor(lengths, dtype=torch.int64), gamma, lam
+    )
+    parts = zip(rewards.split(lengths), values.split(lengths), bootstraps.tolist(), strict=True) if lengths else ()
+    expected = [a for r, v, b in parts for a in backwards(r.tolist(), v.tolist(), b, gamma, lam)]
+    np.testing.assert_allclose(advantages, expected, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(returns, advantages + values)
+
+
+def test_a_nan_stays_in_its_episode():
+    rewards = torch.tensor([0.0, 1.0, float("nan"), 1.0, 1.0])
+    advantages, _ = gae_of_episodes(rewards, torch.zeros(5), torch.zeros(3), torch.tensor([2, 2, 1]), 1.0, 1.0)
+    assert advantages.isnan().tolist() == [False, False, True, False, False]
+
+
+def test_masked_values_have_no_part_in_moments():
+    values, mask = torch.tensor([1.0, float("nan"), 3.0]), torch.tensor([True, False, True])
+    assert moments(values, mask).tolist() == moments(values[mask]).tolist() == [2.0, 4.0, 10.0]
+
+
+def test_groups_that_are_numbered_already_give_the_same():
+    returns, groups = torch.randn(12), torch.tensor([7, 7, 3, 3, 3, 9, 9, 9, 9, 7, 3, 5])
+    _, numbered = groups.unique(return_inverse=True)
+    for scale in (True, False):
+        expected = group_advantages(returns, groups, scale=scale)
+        assert torch.equal(group_advantages(returns, numbered, scale=scale, groups=4), expected)
+    assert torch.equal(leave_one_out(returns, numbered, groups=4), leave_one_out(returns, groups))
 
 
 def test_gae_of_three_tokens_by_hand():
