@@ -86,6 +86,10 @@ class NonFiniteWeights(ValueError):
         )
         self.name = name
 
+    def __reduce__(self) -> tuple[type["NonFiniteWeights"], tuple[str]]:
+        """It is raised in the learner's process and told in the trainer's."""
+        return type(self), (self.name,)
+
 
 class InvalidWeights(ValueError):
     """Published weights are not what their manifest or the model says; `problems` names each tensor."""
@@ -246,6 +250,16 @@ class Arena:
 
 def segment_name(version: int, index: int) -> str:
     return f"v{version}-{index}.safetensors"
+
+
+def segments_of(folder: Path, version: int) -> list[Path]:
+    """The files of a version, whoever wrote it."""
+    return list(folder.glob(f"v{version}-*.safetensors"))
+
+
+def private_files(folder: Path) -> list[Path]:
+    """What arenas in this folder have not given a version yet."""
+    return list(folder.glob(".*.writing"))
 
 
 def validate(weights: Weights, folder: str | Path, expected: Sequence[TensorSpec]) -> None:

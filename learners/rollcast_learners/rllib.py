@@ -11,8 +11,10 @@ fail on bfloat16.
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed
 from numpy.typing import NDArray
+from ray.exceptions import RayActorError
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.learner.learner_group import LearnerGroup
@@ -29,6 +32,7 @@ from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
+from ray.rllib.utils.actor_manager import CallResult
 from torch import Tensor
 
 from rollcast_learners import state
@@ -41,6 +45,12 @@ from rollcast_learners.supervised import SupervisedLearner
 from rollcast_learners.types import Probe, TensorEntry
 
 PACKED = "packed"
+LOOK_EVERY_S = 1.0
+"""How long the death of one learner may go unnoticed while others are waited for."""
+DEATH_SHOWS_AFTER_S = 10.0
+"""A learner whose partner died may fail with it before Ray has noticed the death: errors are told after this long."""
+SILENT_AFTER_S = 3600.0
+"""A learner that has not answered for so long hangs. Collectives give up after half of it."""
 T = TypeVar("T")
 
 
@@ -138,6 +148,10 @@ class LMLearner(TorchLearner):
             if moved is not tensor:
                 tensor.copy_(moved)
 
+    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The group's way in. RLlib's own exits the process on any exception; here it is told to the caller."""
+        return func(self, *args, **kwargs)
+
     def _update(self, batch: dict[str, Any], **_: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         self.result = self.core.step(opaque(batch[DEFAULT_MODULE_ID]))
         return {}, {}, {}
@@ -157,9 +171,13 @@ def wrap(batch: Batch) -> MultiAgentBatch:
 
 
 class Learners:
-    """RLlib's learner group with 0 (in this process), 1 or N learners."""
+    """RLlib's learner group with 0 (in this process), 1 or N learners.
 
-    def __init__(self, spec: LearnerSpec) -> None:
+    Every call raises `LearnerLost` when one of them is dead, or answers no more: then all of them are of no use, since
+    the others may wait for it in a collective. `close` ends them all the same. One thread at a time may call.
+    """
+
+    def __init__(self, spec: LearnerSpec, silent_after_s: float = SILENT_AFTER_S) -> None:
         settings = spec.learner
         config = (
             LMConfig()
@@ -175,13 +193,22 @@ class Learners:
         )
         config.spec = spec
         self.count = max(settings.num_learners, 1)
-        self.group = LearnerGroup(config=config, module_spec=config.get_default_rl_module_spec())
+        self._silent_after_s = silent_after_s
+        self._lost = False
+        self.group = _group(config)
+        try:
+            self.pids = self._each(_pid)
+            """Process ids, for whoever wants to look at (or end) one."""
+        except LearnerLost:
+            self.close()
+            raise
 
     def step(self, batch: Batch) -> StepResult:
         """One learning step over all learners; blocks until it is done."""
         shares = [batch] if self.count == 1 else batch.shares(self.count)
         if self.group.is_remote:
-            self.group.update(batches=[wrap(share) for share in shares])
+            self.group.update(batches=[wrap(share) for share in shares], async_update=True)
+            self._answers(self.count)
         else:
             self.group.update(batch=wrap(batch))
         results = self._each(_take_result)
@@ -213,39 +240,89 @@ class Learners:
     def cpu_seconds(self) -> float:
         return sum(self._each(_cpu_seconds))
 
+    def look(self) -> None:
+        """Asks whether all of them live; for while they have nothing to do."""
+        self._each(_pid)
+
     def close(self) -> None:
-        self._first(_close_arena)
-        self.group.shutdown()
+        """Ends all learners and what they published; may be called again."""
+        try:
+            if not self._lost:
+                self._first(_close_arena)
+                self.group.shutdown()
+        except LearnerLost:
+            pass
+        if self._lost:  # Nobody can be asked to end in good order: a survivor may be stuck in a collective.
+            self.group._backend_executor.shutdown(graceful_termination=False)
+            self.group._is_shut_down = True
 
     def _first(self, function: Callable[..., T], **kwargs: Any) -> T:
-        ids = [0] if self.group.is_remote else None
-        value: T = self._values(self.group.foreach_learner(function, remote_actor_ids=ids, **kwargs))[0]
-        return value
+        return self._ask(partial(function, **kwargs), [0])[0]
 
     def _each(self, function: Callable[..., T], **kwargs: Any) -> list[T]:
-        return self._values(self.group.foreach_learner(function, **kwargs))
+        return self._ask(partial(function, **kwargs), list(range(self.count)))
 
-    @staticmethod
-    def _values(results: Any) -> list[Any]:
-        values = []
-        for result in results:
-            value = result.get()
-            if not result.ok:
-                raise value
-            values.append(value)
-        if not values:
-            raise LearnerLost("the learner process is gone")
-        return values
+    def _ask(self, function: Callable[..., T], ids: list[int]) -> list[T]:
+        """What these learners answer, in this order."""
+        if not self.group.is_remote:
+            return [result.get() for result in self.group.foreach_learner(function)]
+        self.group._worker_manager.foreach_actor_async(function, remote_actor_ids=ids)
+        return self._answers(len(ids))
+
+    def _answers(self, count: int) -> list[Any]:
+        """The answers to the call that has just been sent to `count` learners."""
+        results: list[CallResult] = []
+        begun = time.monotonic()
+        failed_at: float | None = None
+        while len(results) < count and (failed_at is None or time.monotonic() - failed_at < DEATH_SHOWS_AFTER_S):
+            results += self.group._worker_manager.fetch_ready_async_reqs(timeout_seconds=LOOK_EVERY_S)
+            errors = [result.get() for result in results if not result.ok]
+            dead = [error for error in errors if isinstance(error, RayActorError)]
+            if dead:
+                raise self._loss(_last_line(dead[0]))
+            if time.monotonic() - begun > self._silent_after_s:
+                raise self._loss(f"no answer for {self._silent_after_s:g} s")
+            if errors and failed_at is None:
+                failed_at = time.monotonic()
+        self._raise_mistake(results)
+        return [result.get() for result in sorted(results, key=lambda result: result.actor_id)]
+
+    def _raise_mistake(self, results: list[CallResult]) -> None:
+        """What went wrong in a learner that lives on; RLlib would ask it nothing any more."""
+        failed = [result for result in results if not result.ok]
+        for result in failed:
+            self.group._worker_manager.set_actor_state(result.actor_id, healthy=True)
+        if failed:
+            error = failed[0].get()
+            raise getattr(error, "cause", error) from error  # As it was raised there, with the way it came.
+
+    def _loss(self, why: str) -> "LearnerLost":
+        self._lost = True
+        return LearnerLost(why)
 
 
 class LearnerLost(RuntimeError):
-    """No learner answers any more."""
+    """A learner is gone, and with it all that was learned since the last checkpoint. Says why."""
+
+
+def _group(config: LMConfig) -> LearnerGroup:
+    try:
+        return LearnerGroup(config=config, module_spec=config.get_default_rl_module_spec())
+    except RayActorError as error:
+        why = _last_line(error)
+    # Raised only here, where no traceback holds on to the half-made group: its other learners end with it.
+    raise LearnerLost(why)
+
+
+def _last_line(error: RayActorError) -> str:
+    """Ray says last what became of the process, and then what may have been the cause."""
+    return str(error).strip().splitlines()[-1].strip().partition(" Some common causes")[0]
 
 
 def _take_result(learner: LMLearner) -> StepResult:
     result, learner.result = learner.result, None
     if result is None:
-        raise LearnerLost("the learner was asked for a result before it had made a step")
+        raise RuntimeError("the learner was asked for a result before it had made a step")
     return result
 
 
@@ -283,6 +360,10 @@ def _node(learner: LMLearner) -> str:
     import ray
 
     return str(ray.get_runtime_context().get_node_id())
+
+
+def _pid(learner: LMLearner) -> int:
+    return os.getpid()
 
 
 def _cpu_seconds(learner: LMLearner) -> float:

@@ -74,6 +74,10 @@ class TrajectoryBuffer:
     def add(self, groups: Sequence[PlayedGroup]) -> None:
         self._groups.extend(groups)
 
+    def clear(self) -> None:
+        """Forgets all groups; they do not count as dropped."""
+        self._groups.clear()
+
     def expire(self, version: int) -> list[PlayedGroup]:
         """Removes and returns what is more than `max_staleness` versions old at `version`."""
         old = [group for group in self._groups if group.staleness(version) > self.max_staleness]

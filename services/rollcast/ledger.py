@@ -40,8 +40,6 @@ class Ledger:
         journal: Path,
         lease_s: float,
         max_attempts: int,
-        trained_groups: Iterable[int] = (),
-        next_group: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.lease_s = lease_s
@@ -49,14 +47,15 @@ class Ledger:
         self._clock = clock
         self._leases: dict[int, Lease] = {}
         self._attempts: dict[int, int] = {}
-        self._done: set[int] = set(trained_groups)
+        self._done: set[int] = set()
         self._failed: set[int] = set()
         self._skipped: set[int] = set()
         self._held: set[int] = set()
         self._pending: list[int] = []
-        self._next_group = next_group
+        self._next_group = 0
         self._next_lease = 0
         self.refused = 0
+        self._path = journal
         self._journal = journal.open("a", encoding="utf-8")
         if _is_torn(journal):
             self._journal.write("\n")  # What follows must not be glued to half a line and be lost with it.
@@ -64,12 +63,20 @@ class Ledger:
     @classmethod
     def resume(cls, journal: Path, lease_s: float, max_attempts: int, step: int) -> "Ledger":
         """The ledger as it stood when the checkpoint of `step` was taken: later training is pending again."""
-        done, failed, skipped, highest = _replay(journal, step)
-        ledger = cls(journal, lease_s, max_attempts, done, highest + 1)
-        ledger._failed, ledger._skipped = failed, skipped
-        ledger._pending = [g for g in range(highest + 1) if g not in done | failed | skipped]
-        ledger._write("rollback", -1, step=step, pending=len(ledger._pending))
+        ledger = cls(journal, lease_s, max_attempts)
+        ledger.roll_back(step)
         return ledger
+
+    def roll_back(self, step: int) -> None:
+        """Stands as when the checkpoint of `step` was taken. What is leased or held is pending too: a result that is
+        still on its way will be refused."""
+        self._journal.flush()
+        self._done, self._failed, self._skipped, highest = _replay(self._path, step)
+        self._leases, self._attempts, self._held = {}, {}, set()
+        settled = self._done | self._failed | self._skipped
+        self._next_group = highest + 1
+        self._pending = [group for group in range(self._next_group) if group not in settled]
+        self._write("rollback", -1, step=step, pending=len(self._pending))
 
     def lease(self, worker: int) -> Lease:
         """The next pending group, or a new one, for `worker`."""

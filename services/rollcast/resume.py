@@ -1,4 +1,5 @@
-"""Where a run starts: afresh, from its newest good checkpoint, or from a checkpoint that somebody names.
+"""Where a run starts, or goes back to when a learner dies: afresh, from its newest good checkpoint, or from one that
+somebody names.
 
 Owns: that choice, and putting the run directory back to it. Does not know what is in a learner's state.
 """
@@ -8,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rollcast import checkpoint, metrics, records
-from rollcast.config import RunConfig
 from rollcast.errors import UsageError
-from rollcast.ledger import Ledger
 from rollcast.rundir import RunDir
 
 
@@ -20,10 +19,8 @@ class Start:
 
     step: int
     checkpoint: Path | None
-
-    def ledger(self, folder: RunDir, config: RunConfig) -> Ledger:
-        lease_s, attempts = config.rollout.lease_s, config.rollout.max_attempts
-        return Ledger.resume(folder.ledger, lease_s, attempts, self.step)
+    again: str = "auto"
+    """What to `choose_start` with to come back here, until the run has saved a checkpoint of its own."""
 
 
 def choose_start(folder: RunDir, resume: str, report: Callable[[str], None]) -> Start:
@@ -38,7 +35,8 @@ def choose_start(folder: RunDir, resume: str, report: Callable[[str], None]) -> 
         found = None
     else:
         found = _named(Path(resume))
-    start = Start(found.step, found.path) if found is not None else Start(0, None)
+    again = "auto" if resume == "never" else resume
+    start = Start(found.step, found.path, again) if found is not None else Start(0, None)
     # Without a checkpoint the row of step 0 is made again too.
     keep = start.step if found is not None else -1
     metrics.cut(folder.metrics, keep)

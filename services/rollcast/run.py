@@ -21,6 +21,7 @@ from rollcast.config import RunConfig
 from rollcast.errors import RunDiverged, RunFailed
 from rollcast.evaluate import Evaluation, evaluation_prompts
 from rollcast.fleet import Fleet, FleetSettings
+from rollcast.ledger import Ledger
 from rollcast.plot import learning_curve
 from rollcast.probe import probe_tokens
 from rollcast.prompts import PromptStream
@@ -34,7 +35,7 @@ from rollcast_learners.arena import NonFiniteWeights, TensorSpec
 from rollcast_learners.batch import collate
 from rollcast_learners.learner import StepResult
 from rollcast_learners.policy import PolicySettings
-from rollcast_learners.rllib import Learners, LearnerSpec
+from rollcast_learners.rllib import LearnerSpec
 from rollcast_learners.types import Sampling, Weights
 
 T = TypeVar("T")
@@ -43,6 +44,8 @@ LOST_AFTER_LEASES = 3
 """A worker that has not answered for so many lease times is lost."""
 EQUAL_GROUPS_IN_A_ROW = 10
 """Steps' worth of prompts without a difference after which dynamic sampling gives up: there may be nothing else."""
+LOOK_EVERY_S = 5.0
+"""How often a learner with nothing to do is asked whether it lives."""
 SLOW_REWARD_S = 1.0
 """A call of a user's reward function beyond this is told."""
 
@@ -57,49 +60,74 @@ class Run(Session):
         self.dropped_errors = self.dropped_equal = self._equal_in_a_row = 0
         self._learner_thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
         self._closers.callback(self._learner_thread.shutdown, wait=False, cancel_futures=True)
+        self._fleet_started = False
+        self.sampling = Sampling(rollout.temperature, rollout.max_new_tokens)
+        self.groups_per_step = config.learner.prompts_per_step
+        self.buffer = TrajectoryBuffer(self.groups_per_step, config.buffer.max_staleness)
+        self.ledger = Ledger(folder.ledger, rollout.lease_s, rollout.max_attempts)
+        self._closers.callback(self.ledger.close)
+        self._questions = evaluation_prompts(config.env, config.eval) if config.eval.every else []
+        self._stand_at(start)
+        self._start_processes(start)
+
+    def _stand_at(self, start: Start) -> None:
+        super()._stand_at(start)
         self._evaluation: Evaluation | None = None
         self._figures: dict[str, float] = {}
         self._held: dict[str, float] = {}
         self._held_step = start.step
-        self._fleet_started = False
         self._trained: list[int] = []
-        self.sampling = Sampling(rollout.temperature, rollout.max_new_tokens)
-        self.groups_per_step = config.learner.prompts_per_step
-        self.buffer = TrajectoryBuffer(self.groups_per_step, config.buffer.max_staleness)
-        self.ledger = start.ledger(folder, config)
-        self._closers.callback(self.ledger.close)
-        self._questions = evaluation_prompts(config.env, config.eval) if config.eval.every else []
-        self.best = BestPolicy(folder, config.eval, start.step)
-        self._start_processes(start)
+        self._looked = time.monotonic()
+        self.buffer.clear()
+        self.ledger.roll_back(start.step)
+        self.best = BestPolicy(self.folder, self.config.eval, start.step)
 
     def _start_processes(self, start: Start) -> None:
         config = self.config
-        dtype = cluster.compute_dtype(config)
+        self._dtype = cluster.compute_dtype(config)
         codec = ChatCodec.of(config.model)
         self._probe_tokens = probe_tokens(codec.tokenizer, config.weights.probe_tokens)
         with self.watch("start learner"):
             self._waiting("the learner to start")
-            self.learners = Learners(learner_spec(config, dtype))
-            self._closers.callback(self.learners.close)
-            if start.checkpoint is not None:
-                self.learners.load(start.checkpoint)
+            self._start_learners(learner_spec(config, self._dtype), start)
         with self.watch("start workers"):
             self._waiting("rollout workers to start")
             first = self.folder.high_water_mark() + 1
             self.store = Store(config.run.name, self.learners.node(), first)
             self._closers.callback(self.store.close)
             self.weights = self._write_weights(first)
-            self.fleet = self._start_fleet(dtype)
+            self.fleet = self._start_fleet()
             self._closers.callback(self.fleet.close)
             self._fleet_started = True
             while not self.fleet.ready() and self.stop.signal is None:
                 self._gather("rollout workers to start")
 
-    def _start_fleet(self, dtype: str) -> Fleet:
+    def go_back(self, lost: str) -> None:
+        """An evaluation in flight is completed first: it needs no learner, and its row may be one that stays."""
+        self.finish_evaluation()
+        super().go_back(lost)
+
+    def _restart(self, start: Start) -> None:
+        # The workers play on and are heard, but given nothing: what a lost policy began to play would be dropped.
+        with self.watch("start learner"):
+            begun = self._learner_thread.submit(self._begin_again, start)
+            while not begun.done():
+                self._gather("the learner to start")
+            self.weights = begun.result()
+        self.fleet.announce(self.weights)
+
+    def _begin_again(self, start: Start) -> Weights:
+        """New learners and their first policy, under a number above all that were given to lost ones."""
+        self._start_learners(learner_spec(self.config, self._dtype), start)
+        first = self.folder.high_water_mark() + 1
+        self.store.begin_again(self.learners.node(), first)
+        return self._write_weights(first)
+
+    def _start_fleet(self) -> Fleet:
         config, rollout = self.config, self.config.rollout
         specs = tuple(TensorSpec(e.name, e.dtype, e.shape) for e in self.weights.manifest)
         return Fleet(
-            WorkerSpec(config, dtype, self.store.handle(specs)),
+            WorkerSpec(config, self._dtype, self.store.handle(specs)),
             FleetSettings(
                 rollout.workers,
                 max(rollout.concurrency // rollout.group_size, 1),
@@ -131,6 +159,7 @@ class Run(Session):
                 if self.buffer.ready():
                     return self.buffer.take()
                 self._feed_and_gather("rollouts")
+                self._look_after_learners()
 
     def learn(self, groups: Sequence[PlayedGroup]) -> StepResult:
         """One learning step in the learner's process; workers are fed and heard meanwhile."""
@@ -215,7 +244,7 @@ class Run(Session):
             self._meanwhile(write, "the checkpoint")
             checkpoint.prune(self.folder.checkpoints, self.config.checkpoint.keep_last)
             self._keep_weights()
-        self._saved_step = self.step
+        self._note_saved()
 
     def finish(self) -> None:
         """After the last step, or when asked to stop: whatever is not on the disk yet goes there."""
@@ -248,6 +277,11 @@ class Run(Session):
         for old in self.folder.weights.glob("v*"):
             if old.name != f"v{self.weights.version}":
                 shutil.rmtree(old)
+
+    def _look_after_learners(self) -> None:
+        if time.monotonic() - self._looked > LOOK_EVERY_S:
+            self.learners.look()
+            self._looked = time.monotonic()
 
     def _meanwhile(self, future: Future[T], activity: str) -> T:
         """Keeps feeding and hearing workers until the learner's thread has an answer."""
@@ -338,6 +372,7 @@ class Run(Session):
             "dropped/equal": float(self.dropped_equal),
             "fleet/workers": float(self.fleet.ready()),
             "fleet/restarts": float(self.fleet.restarts),
+            "learner/restarts": float(self.learner_restarts),
             **{f"ledger/{state}": float(count) for state, count in self.ledger.counts().items()},
         }
 

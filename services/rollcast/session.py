@@ -1,7 +1,7 @@
 """A run from its first process to its last: opened, asked to stop by signals, and closed whatever happened.
 
-Owns: the order of opening and closing, how signals ask a run to stop, and what every loop asks of its run. Does not
-know what is done in a step.
+Owns: the order of opening and closing, how signals ask a run to stop, what every loop asks of its run, and going back
+to the newest checkpoint when a learner dies. Does not know what is done in a step.
 """
 
 import signal
@@ -12,14 +12,23 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from rollcast import cluster, metrics
 from rollcast.config import RunConfig
+from rollcast.errors import RunFailed
 from rollcast.evaluate import made_once
 from rollcast.progress import Progress
 from rollcast.resume import Start, choose_start
 from rollcast.rundir import RunDir
+from rollcast_learners.rllib import LearnerLost, Learners, LearnerSpec
+
+DEATHS_IN_A_ROW = 3
+"""A run whose learners die so often without a new checkpoint in between fails: the next ones would die too."""
+LEARNER_FIX = (
+    "See whether memory ran out (`dmesg`, or the learner's log in Ray's session folder): lower "
+    "learner.microbatch_tokens, or give it more. Then --resume auto."
+)
 
 
 class StopRequest:
@@ -53,27 +62,87 @@ class Session(ABC):
     """What the loops of `train` and of `sft` have in common: where they stand, and whether they go on.
 
     `_build` makes the processes and gives each one's end to `_closers`, so that a run that fails half-way leaves none.
+    A start, a resume and the death of a learner all take the run to a `Start`: `_stand_at` says where that is, and
+    `_start_learners` brings the learners there.
     """
+
+    learners: Learners
 
     def __init__(self, config: RunConfig, folder: RunDir, start: Start, progress: Progress, stop: StopRequest) -> None:
         self.config = config
         self.folder = folder
         self.progress = progress
         self.stop = stop
-        self.step = self._saved_step = start.step
+        self.learner_restarts = self._deaths = 0
+        self._again = start.again
         self.watch = metrics.Stopwatch()
         self.writer = metrics.MetricsWriter(folder.metrics, folder.tensorboard if config.tracking.tensorboard else None)
-        self._last_row = time.monotonic()
         self._closers = ExitStack()
         self._closers.callback(self.writer.close)
         with ExitStack() as undo:
             undo.callback(self.close)
-            self._build(start)
+            self._build_or_fail(start)
             undo.pop_all()
+
+    def _build_or_fail(self, start: Start) -> None:
+        try:
+            self._build(start)
+        except LearnerLost as lost:
+            raise RunFailed("The learner died while it started.", str(lost), LEARNER_FIX) from lost
 
     @abstractmethod
     def _build(self, start: Start) -> None:
         """Everything alive of the run."""
+
+    def _stand_at(self, start: Start) -> None:
+        """Everything that says where the run stands, as it was at `start`."""
+        self.step = self._saved_step = start.step
+        self.watch.lap()
+        self._last_row = time.monotonic()
+
+    @abstractmethod
+    def _restart(self, start: Start) -> None:
+        """New learners in a run that is alive otherwise."""
+
+    def _start_learners(self, spec: LearnerSpec, start: Start) -> None:
+        """Learners as they were at `start`."""
+        self.learners = Learners(spec)
+        self._closers.callback(self.learners.close)
+        if start.checkpoint is not None:
+            self.learners.load(start.checkpoint)
+
+    def see_through(self, loop: Callable[[Self], None]) -> None:
+        """The loop to its end; begun again from the newest checkpoint whenever a learner dies."""
+        lost: str | None = None
+        while True:
+            try:
+                if lost is not None:
+                    self.go_back(lost)
+                return loop(self)
+            except LearnerLost as error:
+                lost = str(error)
+
+    def go_back(self, lost: str) -> None:
+        """Ends what is left of the learners (`lost` says why), and stands with new ones where a resume would.
+
+        Raises `RunFailed` after `DEATHS_IN_A_ROW`, and `LearnerLost` when the new ones die at once.
+        """
+        self._deaths += 1
+        self.learners.close()
+        if self._deaths >= DEATHS_IN_A_ROW:
+            what = f"Learners died {self._deaths} times without a new checkpoint in between."
+            raise RunFailed(what, lost, LEARNER_FIX)
+        self.progress.say(f"a learner died in step {self.step + 1}; new ones are started. {lost}")
+        start = choose_start(self.folder, self._again, self.progress.say)
+        if start.checkpoint is None:
+            self.progress.say("there is no checkpoint yet: the run begins again with the model it was given")
+        self._stand_at(start)
+        self._restart(start)
+        self.learner_restarts += 1
+
+    def _note_saved(self) -> None:
+        """A checkpoint of this step is on the disk: from now on it is what the run goes back to."""
+        self._saved_step, self._again, self._deaths = self.step, "auto", 0
 
     @property
     def goes_on(self) -> bool:

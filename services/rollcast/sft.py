@@ -29,7 +29,6 @@ from rollcast.run import learner_spec
 from rollcast.runs import Source
 from rollcast.session import Session, opened
 from rollcast_learners.batch import Batch, collate
-from rollcast_learners.rllib import Learners
 from rollcast_learners.types import Trajectory
 
 POLICY = "policy"
@@ -40,14 +39,14 @@ HELD_OUT_EXAMPLES = 128
 def sft(config: RunConfig, run_dir: Path, resume: str = "auto") -> None:
     """Runs or resumes a warm start in `run_dir`. Raises `RollcastError`; `KeyboardInterrupt` after Ctrl-C, saved."""
     with opened(config, run_dir, resume, SupervisedRun, plays=False) as run:
-        loop(run)
+        run.see_through(loop)
         stopped_by = run.stop.signal
     if stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
 
 
 def loop(run: "SupervisedRun") -> None:
-    """From the held-out loss before the first step to the policy folder."""
+    """From the held-out loss before the first step, or the checkpoint the run stands at, to the policy folder."""
     if run.step == 0 and run.goes_on:
         run.evaluate()
         run.record()
@@ -66,19 +65,24 @@ class SupervisedRun(Session):
 
     def _build(self, start: Start) -> None:
         config = self.config
-        self._figures: dict[str, float] = {}
-        self._tokens = 0
-        settings = config.without_rollouts()
+        self._stand_at(start)
         codec = ChatCodec.of(config.model)
         self._train = [self._source(env, "train", codec) for env in config.env]
         for source in self._train:
             self._closers.callback(source.close)
         self._held_out = collate(self._first(config, codec))
+        self._restart(start)
+
+    def _stand_at(self, start: Start) -> None:
+        super()._stand_at(start)
+        self._figures: dict[str, float] = {}
+        self._tokens = 0
+
+    def _restart(self, start: Start) -> None:
         self._waiting("the learner to start")
-        self.learners = Learners(learner_spec(settings, cluster.compute_dtype(config), supervised=True))
-        self._closers.callback(self.learners.close)
-        if start.checkpoint is not None:
-            self.learners.load(start.checkpoint)
+        settings = self.config.without_rollouts()
+        spec = learner_spec(settings, cluster.compute_dtype(self.config), supervised=True)
+        self._start_learners(spec, start)
 
     # ---- the verbs of the loop
 
@@ -114,7 +118,8 @@ class SupervisedRun(Session):
         seconds = {f"time/{stage.replace(' ', '_')}_s": s for stage, s in self.watch.lap().items()}
         if self.step:
             self._figures["learner/tokens_per_s"] = self._tokens / (now - self._last_row)
-        row = self.writer.write(self.step, self._figures | seconds)
+        restarts = {"learner/restarts": float(self.learner_restarts)}
+        row = self.writer.write(self.step, self._figures | seconds | restarts)
         self.progress.step(row)
         self._figures, self._tokens, self._last_row = {}, 0, now
 
@@ -125,7 +130,7 @@ class SupervisedRun(Session):
             trainer = {"step": self.step, "policy_version": self.step, "rollcast": 1}
             checkpoint.save(self.folder.checkpoints, self.step, trainer, self.learners.save)
             checkpoint.prune(self.folder.checkpoints, self.config.checkpoint.keep_last)
-        self._saved_step = self.step
+        self._note_saved()
 
     def finish(self) -> None:
         """After the last step, or when asked to stop: a checkpoint, and after the last step the policy folder."""

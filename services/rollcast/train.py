@@ -3,7 +3,8 @@
 Owns: the story. Each verb is a method of `Run` (run.py), one call away.
 
 Rollout workers play all the time. Synchronous training is `max_staleness = 0` in this same loop: a new group is then
-handed out only when the last batch has been learned from. While the learner works, workers are fed and heard.
+handed out only when the last batch has been learned from. While the learner works, workers are fed and heard. When a
+learner dies, the loop begins again from the newest checkpoint, with the workers that are there.
 """
 
 import signal
@@ -17,14 +18,14 @@ from rollcast.session import opened
 def train(config: RunConfig, run_dir: Path, resume: str = "auto") -> None:
     """Runs or resumes a run in `run_dir`. Raises `RollcastError`; `KeyboardInterrupt` after Ctrl-C, saved."""
     with opened(config, run_dir, resume, Run) as run:
-        loop(run)
+        run.see_through(loop)
         stopped_by = run.stop.signal
     if stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
 
 
 def loop(run: Run) -> None:
-    """From the evaluation before the first step to the last checkpoint."""
+    """From the evaluation before the first step, or the checkpoint the run stands at, to the last checkpoint."""
     if run.step == 0 and run.goes_on:
         run.evaluate()
         run.record()

@@ -6,7 +6,8 @@ know how a policy is learned, validated in detail (`arena.py`) or loaded into an
 Each node has one agent, an actor that lives with the trainer. The learner writes a version once into the agent's folder
 on its node; readers there map those very files. On another node the agent fetches the bytes once through Ray's object
 store and writes them down; readers there map the copy. A version that has been superseded and that nobody reads is
-given back: at home its pages carry a later version, elsewhere its files go.
+given back: at home its pages carry a later version, elsewhere its files go. The files of a learner that died go as soon
+as nobody reads them.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rollcast.engine_traces import sweep_dead
 from rollcast.worker import WeightsRefused
-from rollcast_learners.arena import InvalidWeights, TensorSpec, validate
+from rollcast_learners.arena import InvalidWeights, TensorSpec, private_files, segments_of, validate
 from rollcast_learners.types import Weights
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -67,6 +68,7 @@ class NodeAgent:
         (self.folder / OWNER).write_text(json.dumps(owner), encoding="utf-8")
         self._readers: dict[int, set[str]] = {}
         self._copies: dict[int, tuple[str, ...]] = {}
+        self._orphans: set[int] = set()
         self._fetching = asyncio.Lock()
         self._oldest = first_version
 
@@ -87,11 +89,23 @@ class NodeAgent:
 
     async def release(self, version: int, reader: str) -> None:
         self._readers.get(version, set()).discard(reader)
+        self._remove_orphans()
 
     async def forget(self, reader: str) -> None:
         """A reader died: it reads nothing any more."""
         for readers in self._readers.values():
             readers.discard(reader)
+        self._remove_orphans()
+
+    async def begin_again(self, first_version: int) -> None:
+        """The learner that wrote all earlier versions is gone: nobody can acquire them from now on; their files go."""
+        async with self._fetching:  # A copy on its way is written first, and goes with the others.
+            self._orphans |= set(range(self._oldest, first_version))
+            self._oldest = first_version
+            self._copies.clear()
+            for path in private_files(self.folder):
+                path.unlink()
+            self._remove_orphans()
 
     async def free(self, below: int) -> list[int]:
         """Versions below `below` that nobody reads. They cannot be acquired from now on; copies are removed."""
@@ -116,6 +130,13 @@ class NodeAgent:
     async def close(self) -> None:
         sweep_dead(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _remove_orphans(self) -> None:
+        for version in [v for v in self._orphans if not self._readers.get(v)]:
+            self._orphans.remove(version)
+            self._readers.pop(version, None)
+            for path in segments_of(self.folder, version):
+                path.unlink()
 
     async def _fetch(self, weights: Weights, home: Any) -> None:
         for name in weights.segments:
@@ -207,6 +228,14 @@ class Store:
     def forget(self, reader: str) -> None:
         for agent in self.agents.values():
             agent.forget.remote(reader)
+
+    def begin_again(self, home: str, first_version: int) -> None:
+        """A new learner publishes on node `home`, from `first_version` on; what the one before it left goes."""
+        # The old home comes last: others may be fetching from it.
+        for node in sorted(self.agents, key=lambda node: node == self.home):
+            ray.get(self.agents[node].begin_again.remote(first_version))
+        self.home = home
+        self.folder = ray.get(self.agents[home].folder_path.remote())
 
     def save(self, weights: Weights, target: Path) -> None:
         ray.get(self.agents[self.home].save.remote(weights, str(target)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def run_with(config: RunConfig, fault: Callable[[Run], None]) -> tuple[RunDir, i
     with opened(config, folder.path, "auto", Run) as run:
         thread = threading.Thread(target=strike)
         thread.start()
-        loop(run)
+        run.see_through(loop)
         thread.join(10)
     if failures:
         raise failures[0]
@@ -61,9 +62,18 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def assert_nothing_lost(folder: RunDir, steps: int, groups_per_step: int) -> Counter[str]:
-    """Every group is done once, failed, or back to pending; returns how often each journal event stands there."""
+    """Every group is done once, failed, or back to pending; returns how often each journal event stands there.
+
+    Training that a rollback undid does not count.
+    """
     events = [json.loads(line) for line in folder.ledger.read_text().splitlines()]
-    done = Counter(event["group"] for event in events if event["event"] == "done")
+    trained: list[tuple[int, int]] = []
+    for event in events:
+        if event["event"] == "done":
+            trained.append((event["group"], event["step"]))
+        elif event["event"] == "rollback":
+            trained = [(group, step) for group, step in trained if step <= event["step"]]
+    done = Counter(group for group, _ in trained)
     assert len(done) == steps * groups_per_step
     assert set(done.values()) == {1}, "no group is trained twice"
     assert metrics.read(folder.metrics)[-1]["step"] == steps
@@ -126,6 +136,167 @@ def test_a_late_result_is_refused(tmp_path: Path, tiny_bf16: str, ray_cluster: s
     assert events["refused"] >= 1 and events["return"] >= 1
 
 
+# ---- dead learners
+
+
+BUSY = "the learner"
+"""What the trainer waits for during a learning step, as its status says."""
+
+
+def waits_for(run: Run, activity: str) -> bool:
+    return bool(json.loads(run.progress.status_file.read_text())["waiting_for"] == activity)
+
+
+def learners_of(run: Run, count: int = 1) -> list[psutil.Process]:
+    """The processes of its learners, each on its own."""
+    learners = [psutil.Process(pid) for pid in run.learners.pids]
+    assert len(learners) == count and os.getpid() not in run.learners.pids
+    return learners
+
+
+def kill_in_a_step(run: Run, learner: psutil.Process) -> None:
+    """Kills it in the middle of a learning step."""
+    wait_for(lambda: waits_for(run, BUSY), 60)
+    time.sleep(0.2)
+    learner.kill()
+    wait_for(lambda: not learner.is_running(), 10)
+
+
+def wait_for_restart(run: Run, number: int) -> None:
+    """The death must be noticed soon; how long new learners take to start is another matter."""
+    wait_for(lambda: waits_for(run, "the learner to start") or run.learner_restarts == number, 15)
+    wait_for(lambda: run.learner_restarts == number, 120)
+
+
+def assert_recovered(folder: RunDir, steps: int, restarts: int) -> Counter[str]:
+    """Nothing lost, no number that means two policies, every row there once, and nothing left in shared memory."""
+    rows = metrics.read(folder.metrics)
+    assert [row["step"] for row in rows] == list(range(steps + 1)), "rows after the checkpoint were made again"
+    assert rows[-1]["learner/restarts"] == restarts
+    versions = [row["policy_version"] for row in rows]
+    assert versions == sorted(set(versions)) and versions[-1] <= folder.high_water_mark()
+    assert not list(Path("/dev/shm").glob(f"rollcast-{folder.path.name}-*"))
+    return assert_nothing_lost(folder, steps, 2)
+
+
+LONG_STEPS = ("--learner.epochs=20", "--run.steps=100000")
+"""Long enough to be killed in the middle."""
+
+
+@pytest.mark.ray
+def test_a_learner_killed_in_a_step_is_replaced_from_the_newest_checkpoint(
+    tmp_path: Path, tiny_bf16: str, ray_cluster: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[psutil.Process] = []
+
+    def fault(run: Run) -> None:
+        wait_for(lambda: (run.folder.checkpoints / "step_2").exists(), 60)
+        workers, announced = run.fleet.pids(), run.folder.high_water_mark()
+        seen.extend(learners_of(run))
+        kill_in_a_step(run, seen[0])
+        wait_for_restart(run, 1)
+        seen.extend(learners_of(run))
+        left = {path.name.split("-")[0] for path in Path(run.store.folder).glob("v*.safetensors")}
+        assert min(int(version[1:]) for version in left) > announced, "what the dead learner had published is gone"
+        step = run.step
+        wait_for(lambda: run.step >= step + 2, 60)
+        assert run.fleet.pids() == workers and run.fleet.restarts == 0, "the workers are those of before"
+
+    one = ("--checkpoint.every=2", "--learner.num_learners=1", "--run.name=lost")
+    folder, steps = run_with(config_for(tmp_path, tiny_bf16, *LONG_STEPS, *one), fault)
+    events = assert_recovered(folder, steps, restarts=1)
+    assert events["rollback"] == 2, "one as the run started, one as it went back"
+    wait_for(lambda: len({p.pid for p in seen}) == 2 and not any(p.is_running() for p in seen), 20)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "a learner died in step" in told and "resuming from" in told and "Traceback" not in told
+
+
+@pytest.mark.ray
+def test_before_the_first_checkpoint_a_run_begins_again_and_the_third_death_ends_it(
+    tmp_path: Path, tiny_bf16: str, ray_cluster: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, killed = RunDir(tmp_path / "again"), []
+
+    def fault(run: Run) -> None:
+        for death in range(1, 4):
+            killed.extend(learners_of(run))
+            kill_in_a_step(run, killed[-1])
+            if death < 3:
+                wait_for_restart(run, death)
+                wait_for(lambda: run.step >= 1, 60)
+                assert metrics.read(folder.metrics)[0]["learner/restarts"] == death, "the row of step 0 is a new one"
+
+    never = ("--checkpoint.every=100000", "--learner.num_learners=1", "--run.name=again")
+    with pytest.raises(RunFailed, match="died 3 times without a new checkpoint") as failed:
+        run_with(config_for(tmp_path, tiny_bf16, *LONG_STEPS, *never), fault)
+    assert failed.value.exit_code == 1 and "microbatch_tokens" in failed.value.fix
+    assert len({learner.pid for learner in killed}) == 3 and not any(learner.is_running() for learner in killed)
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("the run begins again with the model") == 2
+    events = [json.loads(line) for line in folder.ledger.read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "rollback"] == [0, 0, 0]
+    assert not list(folder.checkpoints.glob("step_*")) and not list(Path("/dev/shm").glob("rollcast-again-*"))
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+def test_one_of_two_learners_killed_in_a_step_takes_the_other_with_it(
+    tmp_path: Path, tiny_bf16: str, ray_cluster: str
+) -> None:
+    def fault(run: Run) -> None:
+        wait_for(lambda: (run.folder.checkpoints / "step_2").exists(), 60)
+        survivor, victim = learners_of(run, 2)
+        kill_in_a_step(run, victim)
+        wait_for(lambda: not survivor.is_running(), 20)  # It may have waited for ever in an all-reduce.
+        wait_for_restart(run, 1)
+        step = run.step
+        wait_for(lambda: run.step >= step + 2, 60)
+
+    two = ("--checkpoint.every=2", "--learner.num_learners=2", "--run.name=two")
+    folder, steps = run_with(config_for(tmp_path, tiny_bf16, *LONG_STEPS, *two), fault)
+    assert_recovered(folder, steps, restarts=1)
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_learners_killed_at_random_moments(tmp_path: Path, tiny_bf16: str, ray_cluster: str) -> None:
+    """In a step, while it publishes, saves or has nothing to do: an evaluation is in flight now and then."""
+    draw, deaths = random.Random(0), 8
+
+    def fault(run: Run) -> None:
+        for death in range(1, deaths + 1):
+            saved = run._saved_step
+            wait_for(lambda saved=saved: run._saved_step > saved, 120)
+            time.sleep(draw.uniform(0, 1.5))
+            (learner,) = learners_of(run)
+            learner.kill()
+            wait_for(lambda learner=learner: not learner.is_running(), 10)
+            wait_for(lambda death=death: run.learner_restarts == death, 120)
+
+    more = ("--run.steps=100000", "--checkpoint.every=2", "--eval.every=3", "--learner.num_learners=1")
+    folder, steps = run_with(config_for(tmp_path, tiny_bf16, *more, "--run.name=random"), fault)
+    assert_recovered(folder, steps, restarts=deaths)
+
+
+@pytest.mark.soak
+def test_a_warm_start_outlives_its_learner(tmp_path: Path, tiny_bf16: str) -> None:
+    """`rollcast sft`, as a command: told on the terminal, without a traceback."""
+    folder = RunDir(tmp_path / "warm")
+    words = ["sft", str(SCRIPTED), "--model.path", tiny_bf16, "--run.dir", str(tmp_path), "--run.name", "warm"]
+    more = ["--learner.num_learners", "1", "--learner.epochs", "20", "--run.steps", "12", "--checkpoint.every", "2"]
+    trainer = started(tmp_path, [sys.executable, "-m", "rollcast", *words, *more])
+    wait_for(lambda: (folder.checkpoints / "step_2").exists(), 120)
+    (learner,) = [p for p in of_this_run(tmp_path) if "_WrappedExecutable" in " ".join(p.cmdline())]
+    learner.kill()
+    output, _ = trainer.communicate(timeout=180)
+    assert trainer.returncode == 0, output
+    assert "a learner died in step" in output and "Traceback" not in output
+    rows = metrics.read(folder.metrics)
+    assert [row["step"] for row in rows] == list(range(13)) and rows[-1]["learner/restarts"] == 1
+    wait_for(lambda: not of_this_run(tmp_path), 30)
+
+
 def command(folder: Path, model: str, *more: str) -> list[str]:
     words = ["train", str(SCRIPTED), "--model.path", model, "--run.dir", str(folder), "--eval.every", "0"]
     return [sys.executable, "-m", "rollcast", *words, *more]
@@ -144,11 +315,13 @@ def of_this_run(folder: Path) -> list[psutil.Process]:
 
 
 def start(folder: Path, model: str, *more: str) -> "subprocess.Popen[str]":
+    return started(folder, command(folder, model, *more))
+
+
+def started(folder: Path, words: list[str]) -> "subprocess.Popen[str]":
     environment = {**os.environ, "ROLLCAST_TEST_RUN": str(folder)}
     environment.pop("RAY_ADDRESS", None)
-    return subprocess.Popen(
-        command(folder, model, *more), env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    return subprocess.Popen(words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def test_a_killed_trainer_resumes_above_all_earlier_versions(tmp_path: Path, tiny_bf16: str) -> None:

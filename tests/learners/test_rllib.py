@@ -7,18 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
 from ray import cloudpickle
 from ray.rllib.core import DEFAULT_MODULE_ID
 
-from rollcast_learners.arena import open_tensors
+from rollcast_learners.arena import NonFiniteWeights, open_tensors
 from rollcast_learners.batch import Batch, collate, nbytes
 from rollcast_learners.learner import PolicyLearner, StepResult, one_learner
 from rollcast_learners.optimizer import Reduce
 from rollcast_learners.policy import Policy, PolicySettings
-from rollcast_learners.rllib import PACKED, Learners, LearnerSpec, LMLearner, LMModule, _take_result, opaque, wrap
+from rollcast_learners.rllib import (
+    PACKED,
+    LearnerLost,
+    Learners,
+    LearnerSpec,
+    LMLearner,
+    LMModule,
+    _take_result,
+    opaque,
+    wrap,
+)
 from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
 from rollcast_learners.types import Weights
 from trajectories import answer, random_episodes
@@ -303,6 +314,16 @@ def test_a_bad_number_on_one_learner_is_skipped_on_both(where, pair, tiny_fp32):
 
 
 @pytest.mark.ray
+def test_what_a_learner_cannot_publish_is_told_and_costs_no_process(pair, tiny_fp32, tmp_path):
+    """RLlib's own `apply` ends the process on any exception."""
+    pair._each(start_again, spec=make_spec(tiny_fp32, num_learners=2))
+    pair._each(lambda learner: learner.core.policy.lm.model.norm.weight.data.fill_(NAN))
+    with pytest.raises(NonFiniteWeights, match=r"^Tensor model.norm.weight holds NaN"):
+        published(pair, tmp_path / "weights", 1)
+    assert all(psutil.pid_exists(pid) for pid in pair.pids)
+
+
+@pytest.mark.ray
 def test_divergence_is_reported_by_the_pair(pair, tiny_fp32):
     pair._each(start_again, spec=make_spec(tiny_fp32, num_learners=2))
     batch = batch_of(9)
@@ -310,6 +331,19 @@ def test_divergence_is_reported_by_the_pair(pair, tiny_fp32):
     results = [pair.step(batch) for _ in range(10)]
     assert results[8].diverged is None
     assert "skipped" in results[9].diverged
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+def test_a_learner_that_hangs_is_given_up(ray_cluster, tiny_fp32):
+    learners = Learners(make_spec(tiny_fp32, num_learners=1), silent_after_s=3.0)
+    learner = psutil.Process(learners.pids[0])
+    learner.suspend()
+    with pytest.raises(LearnerLost, match="no answer for 3 s"):
+        learners.step(batch_of(12))
+    assert learner.status() == psutil.STATUS_STOPPED
+    learners.close()
+    learner.wait(30)
 
 
 @pytest.mark.ray

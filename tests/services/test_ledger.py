@@ -253,6 +253,16 @@ class LedgerMachine(RuleBasedStateMachine):
         self.live, self.held, self.dead = {}, set(), []
         self.pending = set(range(self.issued)) - self.trained_at.keys() - self.failed
 
+    @rule(data=st.data())
+    def roll_back(self, data: st.DataObject) -> None:
+        """A learner died: the ledger stays, and stands where a resume would; results on their way are late."""
+        self.step = data.draw(st.integers(0, self.step), label="checkpoint")
+        self.ledger.roll_back(self.step)
+        self.trained_at = {g: step for g, step in self.trained_at.items() if step <= self.step}
+        self.dead += self.live.values()
+        self.live, self.held = {}, set()
+        self.pending = set(range(self.issued)) - self.trained_at.keys() - self.failed
+
     def _forget_unwritten(self, survived: str) -> None:
         rows = [json.loads(line) for line in survived.splitlines() if line.endswith("}")]
         self.issued = max((row["group"] for row in rows), default=-1) + 1

@@ -73,6 +73,27 @@ def test_another_node_gets_one_copy_and_loses_it_when_superseded(store: Store) -
     arena.close()
 
 
+@pytest.mark.ray
+def test_what_a_dead_learner_published_goes_once_nobody_reads_it(store: Store) -> None:
+    lost, folder = Arena(store.folder, policy_specs(TENSORS)), Path(store.folder)
+    handle = store.handle(policy_specs(TENSORS))
+    weights = [published(lost, version, store.home) for version in range(2)]
+    lost.retire(0)  # Its pages are spare, without a version.
+    asyncio.run(handle.pull(weights[1], "worker-0"))
+    store.begin_again(store.home, 3)
+    assert {path.name for path in folder.glob("*.safetensors")} == set(weights[1].segments), "that one is being read"
+    assert not list(folder.glob(".*.writing"))
+    with pytest.raises(WeightsRefused, match="superseded"):
+        asyncio.run(handle.pull(weights[1], "worker-1"))
+    asyncio.run(handle.release(1, "worker-0"))
+    assert not list(folder.glob("*.safetensors"))
+    arena = Arena(store.folder, policy_specs(TENSORS))
+    again = [published(arena, version, store.home) for version in (3, 4)]
+    assert asyncio.run(handle.pull(again[1], "worker-0")) == store.folder
+    assert store.free(4) == [3], "versions are given back from the first of the new learner on"
+    arena.close()
+
+
 def flip_a_bit(weights: Weights, folder: Path) -> Weights:
     entry = weights.manifest[0]
     with (folder / weights.segments[0]).open("r+b") as file:
