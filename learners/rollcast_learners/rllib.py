@@ -31,8 +31,8 @@ from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from torch import Tensor
 
-from rollcast_learners import state
-from rollcast_learners.arena import Arena, policy_specs
+from rollcast_learners import sharding, state
+from rollcast_learners.arena import Arena, TensorSpec, policy_specs
 from rollcast_learners.batch import Batch
 from rollcast_learners.learner import PolicyLearner, StepResult
 from rollcast_learners.policy import Outputs, Policy, PolicySettings, Reference
@@ -98,6 +98,7 @@ class LMLearner(TorchLearner):
         super().__init__(config=config, **kwargs)
         self.spec = config.spec
         self.arena: Arena | None = None
+        self.specs: tuple[TensorSpec, ...] = ()
         self.result: StepResult | None = None
 
     def build(self) -> None:
@@ -110,7 +111,8 @@ class LMLearner(TorchLearner):
             reference = policy.without_adapter()
         elif self.spec.kl.kind != "none":
             frozen = dataclasses.replace(self.spec.policy, critic="none", activation_checkpointing=False)
-            reference = Policy(frozen).to(policy.device).requires_grad_(False)
+            reference = Policy(frozen).requires_grad_(False)
+            self._place(reference, policy.device)
         kind = SupervisedLearner if self.spec.supervised else PolicyLearner
         self.core = kind(
             policy,
@@ -127,6 +129,16 @@ class LMLearner(TorchLearner):
 
     def configure_optimizers(self) -> None:
         """None of RLlib's: `PolicyLearner` owns the optimiser, over float32 masters that RLlib does not know."""
+
+    def _map_module_to_device(self, module: Any) -> None:
+        """RLlib's hook between a module and its optimiser. A sharded policy is never whole on the device."""
+        self._place(module[DEFAULT_MODULE_ID].policy, self._device)
+
+    def _place(self, policy: Policy, device: torch.device) -> None:
+        if self.spec.learner.sharding == "fsdp":
+            policy.shard(device)
+        else:
+            policy.to(device)
 
     def _make_modules_ddp_if_necessary(self) -> None:
         """Never: see the module's docstring."""
@@ -175,6 +187,7 @@ class Learners:
         )
         config.spec = spec
         self.count = max(settings.num_learners, 1)
+        self.sharded = settings.sharding != "none"
         self.group = LearnerGroup(config=config, module_spec=config.get_default_rl_module_spec())
 
     def step(self, batch: Batch) -> StepResult:
@@ -190,18 +203,18 @@ class Learners:
     def publish(
         self, version: int, folder: str, retire: list[int], digest: bool = True
     ) -> tuple[tuple[str, ...], tuple[TensorEntry, ...]]:
-        """The first learner writes its policy into `folder` on its node; nobody reads those in `retire`."""
-        return self._first(_publish, version=version, folder=folder, retire=retire, digest=digest)
+        """The first learner writes the policy into `folder` on its node; nobody reads those in `retire`."""
+        return self._leading(_publish, version=version, folder=folder, retire=retire, digest=digest)
 
     def probe(self, token_ids_RL: NDArray[np.int32]) -> Probe:
-        return self._first(_probe, token_ids_RL=token_ids_RL)
+        return self._leading(_probe, token_ids_RL=token_ids_RL)
 
     def held_out_loss(self, batch: Batch) -> float:
         """Of a supervised learner: mean negative log-likelihood of the batch's trained tokens."""
-        return self._first(_held_out_loss, batch=batch)
+        return self._leading(_held_out_loss, batch=batch)
 
     def save(self, folder: Path) -> None:
-        self._first(_save, folder=str(folder))
+        self._leading(_save, folder=str(folder))
 
     def load(self, folder: Path) -> None:
         self._each(_load, folder=str(folder))
@@ -221,6 +234,10 @@ class Learners:
         ids = [0] if self.group.is_remote else None
         value: T = self._values(self.group.foreach_learner(function, remote_actor_ids=ids, **kwargs))[0]
         return value
+
+    def _leading(self, function: Callable[..., T], **kwargs: Any) -> T:
+        """The first learner's answer, to which the others of a sharded policy have to contribute."""
+        return self._each(function, **kwargs)[0] if self.sharded else self._first(function, **kwargs)
 
     def _each(self, function: Callable[..., T], **kwargs: Any) -> list[T]:
         return self._values(self.group.foreach_learner(function, **kwargs))
@@ -252,12 +269,35 @@ def _take_result(learner: LMLearner) -> StepResult:
 def _publish(
     learner: LMLearner, version: int, folder: str, retire: list[int], digest: bool
 ) -> tuple[tuple[str, ...], tuple[TensorEntry, ...]]:
-    tensors = dict(learner.core.policy.published())
+    policy = learner.core.policy
+    if sharding.is_sharded(policy):
+        return _publish_gathered(learner, version, folder, retire, digest)
+    tensors = dict(policy.published())
     if learner.arena is None:
         learner.arena = Arena(folder, policy_specs(tensors))
     for old in retire:
         learner.arena.retire(old)
     return learner.arena.write(version, tensors, digest=digest)
+
+
+def _publish_gathered(
+    learner: LMLearner, version: int, folder: str, retire: list[int], digest: bool
+) -> tuple[tuple[str, ...], tuple[TensorEntry, ...]]:
+    """All ranks gather tensor by tensor, and the first copies each into the arena before the next one comes.
+
+    An arena is of one node and its manifest has whole tensors, so ranks on other nodes cannot write their rows.
+    """
+    policy = learner.core.policy
+    if not learner.specs:
+        learner.specs = tuple(TensorSpec(name, policy.settings.dtype, tuple(t.shape)) for name, t in policy.published())
+    with sharding.in_step(policy.published()) as tensors:
+        if not sharding.writes(policy):
+            return (), ()
+        if learner.arena is None:
+            learner.arena = Arena(folder, learner.specs)
+        for old in retire:
+            learner.arena.retire(old)
+        return learner.arena.write(version, tensors, digest=digest)
 
 
 def _probe(learner: LMLearner, token_ids_RL: NDArray[np.int32]) -> Probe:

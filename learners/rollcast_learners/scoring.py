@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rollcast_learners import correction
+from rollcast_learners import correction, sharding
 from rollcast_learners.advantages import centre, gae, group_advantages, leave_one_out, moments, whiten
 from rollcast_learners.algorithms import ALGORITHMS, OVER_GROUPS
 from rollcast_learners.batch import Batch
@@ -98,8 +98,10 @@ class Scorer:
         )
 
     def parts(self, batch: Batch) -> Iterator[Part]:
-        """The micro-batches of a batch."""
-        for episodes in batch.microbatches(self.settings.microbatch_tokens):
+        """The micro-batches of a batch; with a sharded policy as many on every rank, if need be empty ones."""
+        found = batch.microbatches(self.settings.microbatch_tokens)
+        missing = sharding.most(self.policy, len(found)) - len(found)
+        for episodes in (*found, *[np.empty(0, np.intp)] * missing):
             yield batch.select(episodes), episodes, torch.from_numpy(batch.trained_of(episodes))
 
     def loss_weights(self, batch: Batch) -> Tensor | None:
