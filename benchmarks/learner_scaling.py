@@ -10,18 +10,17 @@ tells how evenly the tokens of a step fall to two learners, which bounds what a 
 """
 
 import argparse
-import json
 import os
-import sys
+import resource
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import ray
-from learner import MODEL, model_folder, processor, samples, with_old_logprobs  # the file beside this one
+from learner import MODEL, model_folder, samples, with_old_logprobs
+from measuring import Turns, finish, machine
 
 from rollcast.cluster import ENVIRONMENT
 from rollcast_learners import sharding
@@ -31,7 +30,6 @@ from rollcast_learners.policy import Policy, PolicySettings
 from rollcast_learners.rllib import Learners, LearnerSpec, LMLearner
 from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
 
-ROOT = Path(__file__).resolve().parents[1]
 SIDES: dict[str, dict[str, Any]] = {
     "one": {"num_learners": 1},
     "two": {"num_learners": 2},
@@ -46,12 +44,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="also write benchmarks/results/learner_scaling-DATE.json")
     parser.add_argument("--model", default=str(MODEL))
     options = parser.parse_args()
-    figures: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "machine": {"cores": os.cpu_count(), "processor": processor(), "threads_a_learner": 1},
-        "load_average_before": os.getloadavg()[0],
-    }
+    figures = machine(threads=1)
     with tempfile.TemporaryDirectory(prefix="rc-", dir="/tmp") as folder:
         count = sum(side["num_learners"] for side in SIDES.values())
         start = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR", "_temp_dir": folder}
@@ -60,11 +53,7 @@ def main() -> None:
             figures |= measure(model_folder(options.model, Path(folder) / "model"), options.rounds)
         finally:
             ray.shutdown()
-    figures["load_average_after"] = os.getloadavg()[0]
-    print(json.dumps(figures, indent=2))
-    if options.write:
-        target = ROOT / "benchmarks" / "results" / f"learner_scaling-{time.strftime('%Y-%m-%d')}.json"
-        target.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    finish("learner_scaling", figures | {"load_average_after": os.getloadavg()[0]}, options.write)
 
 
 def measure(model: str, rounds: int) -> dict[str, Any]:
@@ -93,40 +82,37 @@ def spec(model: str, settings: dict[str, Any]) -> LearnerSpec:
 
 
 def take_turns(groups: dict[str, Learners], batch: Batch, useful: int, rounds: int) -> dict[str, Any]:
-    wall: dict[str, list[float]] = {name: [] for name in groups}
-    cpu: dict[str, list[float]] = {name: [] for name in groups}
     results: dict[str, list[StepResult]] = {name: [] for name in groups}
-    for _ in range(rounds + 1):
-        for name, learners in groups.items():
-            begin, begin_cpu = time.perf_counter(), learners.cpu_seconds()
-            results[name].append(learners.step(batch))
-            wall[name].append(time.perf_counter() - begin)
-            cpu[name].append(learners.cpu_seconds() - begin_cpu)
+    sides = {name: partial(step, learners, batch, results[name]) for name, learners in groups.items()}
+    turns = Turns(sides, rounds, cpu_seconds=lambda name: groups[name].cpu_seconds())
     return {
         "samples": batch.episodes,
         "useful_tokens": useful,
         "rows": batch.tokens,
-        "step_s": {name: round(median(times[1:]), 2) for name, times in wall.items()},
-        "cpu_s": {name: round(median(times[1:]), 2) for name, times in cpu.items()},
-        "useful_tokens_per_s": {name: round(useful / median(times[1:])) for name, times in wall.items()},
-        "over_one": {name: over(wall["one"], wall[name]) for name in ("two", "two_sharded")},
-        "cpu_seconds_over_one": {name: over(cpu[name], cpu["one"]) for name in ("two", "two_sharded")},
+        **turns.seconds(),
+        "useful_tokens_per_s": {name: round(useful / s) for name, s in turns.seconds()["wall_s"].items()},
+        # How many times as fast as one, and the CPU seconds that one takes, as a share of theirs.
+        **{f"{name}_over_one": turns.ratio("one", name) for name in ("two", "two_sharded")},
         "memory_mib_a_learner": {name: memory(learners) for name, learners in groups.items()},
         "quality": {name: compare(results["one"], results[name]) for name in ("two", "two_sharded")},
     }
 
 
-def over(left: list[float], right: list[float]) -> dict[str, Any]:
-    ratios = [a / b for a, b in zip(left[1:], right[1:], strict=True)]
-    return {"median": round(median(ratios), 2), "rounds": [round(ratio, 2) for ratio in ratios]}
+def step(learners: Learners, batch: Batch, results: list[StepResult]) -> None:
+    results.append(learners.step(batch))
 
 
 def memory(learners: Learners) -> dict[str, int]:
     """Of the learner that has most."""
     return {
         "weights_masters_moments_gradients": max(learners._each(kept_bytes)) >> 20,
-        "peak": max(learners._each(peak)),
+        "peak": max(learners._each(peak_mib)),
     }
+
+
+def peak_mib(_: LMLearner) -> int:
+    """This file's functions travel to a learner as code, those of the file beside it would not."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 def kept_bytes(learner: LMLearner) -> int:
@@ -138,13 +124,12 @@ def kept_bytes(learner: LMLearner) -> int:
     return sum(kept.values())
 
 
-def peak(_: LMLearner) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM"))
-
-
 def compare(one: list[StepResult], two: list[StepResult]) -> dict[str, Any]:
-    """After the first and the last step: what rounding in bfloat16 makes of another order of sums."""
+    """In the first and the last step, as each sees the samples before its own update: the first has the same weights.
+
+    In the last, bfloat16 has rounded several updates of another order of sums, on random tokens of probability near 0.
+    What is exact is held in float32, to 1e-5, by tests/learners/test_sharding.py.
+    """
     told = {}
     for name, step in (("first_step", 0), ("last_step", -1)):
         gaps = np.abs(np.concatenate([logprobs(one[step])[i] - logprobs(two[step])[i] for i in logprobs(one[step])]))

@@ -213,11 +213,12 @@ class Arena:
 
     def _fill_one_by_one(self, segments: list[_Segment], tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         views = {name: view for part in segments for name, view in part.views.items()}
-        copied: dict[str, torch.Tensor] = {}
+        given: dict[str, torch.Tensor] = {}
         for name, tensor in tensors:
+            given[name] = tensor.to("meta")  # Its shape, without its bytes.
             if name in views and tensor.shape == views[name].shape:
-                copied[name] = views[name].copy_(tensor)
-        self._check_tensors(copied)
+                views[name].copy_(tensor)
+        self._check_tensors(given)
 
     def _take(self) -> list[_Segment]:
         """Private files to write into: spare until the version is whole, so a failed write keeps them."""

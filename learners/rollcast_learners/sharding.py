@@ -35,14 +35,15 @@ def shard(
     `dtype` is what passes compute in. `replicated`, a part too small to spread, stays whole on every rank. `methods`
     make passes too, besides `forward`. Raises `ValueError` without other ranks.
     """
-    if not dist.is_initialized():
+    group = dist.group.WORLD
+    if group is None:
         raise ValueError(
             "a policy is sharded over several learners, and this one is alone. "
             'Set learner.num_learners to 2 or more, or learner.sharding to "none".'
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)  # FSDP2 is told a kind of device, and takes the current one.
-    mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
+    mesh = DeviceMesh.from_group(group, device.type)
     precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     apart = set(replicated.parameters())
     layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
@@ -72,7 +73,8 @@ def is_spread(weight: Tensor) -> bool:
 
 def local(weight: Tensor) -> Tensor:
     """The rows of `weight` that are here, sharing its memory; all of it where it is not sharded."""
-    return weight.detach().to_local() if isinstance(weight, DTensor) else weight.detach()
+    detached = weight.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
 def rows_of(weight: Tensor) -> slice:
@@ -100,8 +102,8 @@ def like(rows: Tensor, weight: Tensor) -> Tensor:
     """`rows` in the clothes of `weight`: sharded as it is, on the same memory."""
     if not isinstance(weight, DTensor):
         return rows
-    whole_shape = {"shape": weight.shape, "stride": weight.stride()}
-    return DTensor.from_local(rows, weight.device_mesh, weight.placements, run_check=False, **whole_shape)
+    placed = weight.device_mesh, weight.placements
+    return DTensor.from_local(rows, *placed, run_check=False, shape=weight.shape, stride=weight.stride())
 
 
 def most(module: nn.Module, count: int) -> int:

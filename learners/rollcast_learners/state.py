@@ -88,7 +88,7 @@ def _weights(optimizer: MasterAdamW) -> dict[str, Tensors]:
 
 
 def _moments(optimizer: MasterAdamW) -> dict[str, Tensors]:
-    moments = {
+    moments: Tensors = {
         f"{moment}/{name}": (weight, optimizer.adamw.state[master][moment])
         for name, weight, master in zip(optimizer.names, optimizer.parameters, optimizer.masters, strict=True)
         for moment in MOMENTS
