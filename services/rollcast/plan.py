@@ -348,8 +348,8 @@ def _gathered_bytes(config: RunConfig, size: ModelSize) -> int:
     """What a learner of a sharded policy has whole at a time: two layers, of which one is on its way, and all that is
     in no layer (Llama)."""
     layer = 2 * size.hidden * (size.hidden + size.keys) + 3 * size.hidden * size.inner + 2 * size.hidden
-    outside = max(0, size.parameters - size.layers * layer)
-    return _compute_bytes(config) * (outside + min(2, size.layers) * layer)
+    others = max(0, size.layers - 2) * layer
+    return _compute_bytes(config) * max(0, size.parameters - others)
 
 
 def _activation_bytes(config: RunConfig, size: ModelSize) -> int:
