@@ -98,8 +98,8 @@ class MasterAdamW:
         squares = torch.linalg.vector_norm(self.flat[: self.spread]).double().square()
         if self.sharded:
             reduce(squares)
-        rest: Tensor = torch.linalg.vector_norm(self.flat[self.spread : -1]).double().square()
-        return (squares + rest).sqrt()
+        norm: Tensor = (squares + torch.linalg.vector_norm(self.flat[self.spread : -1]).double().square()).sqrt()
+        return norm
 
     def step(self, norm: float, grad_clip: float, rate_factor: float, critic_only: bool = False) -> None:
         """Clips and steps; with `critic_only` the language model stays as it is, weight decay included."""
