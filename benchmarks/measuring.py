@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 THREADS = 2
 
 
-def machine() -> dict[str, Any]:
+def machine(threads: int = THREADS) -> dict[str, Any]:
     """When, with which command, on what, and how busy it was."""
     return {
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "machine": {"cores": os.cpu_count(), "processor": processor(), "threads": THREADS},
+        "machine": {"cores": os.cpu_count(), "processor": processor(), "threads": threads},
         "load_average_before": os.getloadavg()[0],
     }
 
@@ -55,17 +55,25 @@ def _memory_mib(name: str) -> int:
 
 
 class Turns:
-    """Sides that take turns, A B A B. The first round is left out: it allocates, and warms the caches."""
+    """Sides that take turns, A B A B. The first round is left out: it allocates, and warms the caches.
 
-    def __init__(self, sides: dict[str, Callable[[], Any]], pairs: int) -> None:
+    `cpu_seconds` tells those of a side so far, where they fall in other processes than this one.
+    """
+
+    def __init__(
+        self,
+        sides: dict[str, Callable[[], Any]],
+        pairs: int,
+        cpu_seconds: Callable[[str], float] = lambda _: time.process_time(),
+    ) -> None:
         self.wall: dict[str, list[float]] = {name: [] for name in sides}
         self.cpu: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(pairs + 1):
             for name, once in sides.items():
-                began, began_cpu = time.perf_counter(), time.process_time()
+                began_cpu, began = cpu_seconds(name), time.perf_counter()
                 once()
                 self.wall[name].append(time.perf_counter() - began)
-                self.cpu[name].append(time.process_time() - began_cpu)
+                self.cpu[name].append(cpu_seconds(name) - began_cpu)
 
     def seconds(self) -> dict[str, dict[str, float]]:
         return {

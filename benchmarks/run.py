@@ -33,6 +33,7 @@ def main() -> None:
     for script, *more in (
         ["weights.py"],
         ["learner.py"],
+        ["learner_scaling.py"],
         ["tasks.py"],
         ["end_to_end.py", "--peer-python", peer_python()],
     ):

@@ -8,7 +8,7 @@ policy is the model itself.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,13 +95,15 @@ def is_adapter(name: str) -> bool:
     return name.endswith((DOWN, UP))
 
 
-def merged(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: float) -> Iterator[tuple[str, Tensor]]:
+def merged(
+    weights: Iterable[tuple[str, Tensor]], adapters: Mapping[str, Tensor], scale: float
+) -> Iterator[tuple[str, Tensor]]:
     """The model's weights by name, each with its adapter added; computed in float32, in the weight's dtype.
 
     `adapters` by their names in peft's files. Raises `ValueError` for an adapter without a weight.
     """
     left = {name.removeprefix(PREFIX).removesuffix(DOWN) for name in adapters if name.endswith(DOWN)}
-    for name, weight in weights.items():
+    for name, weight in weights:
         layer = name.removesuffix(".weight")
         if layer not in left:
             yield name, weight

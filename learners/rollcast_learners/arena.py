@@ -126,7 +126,7 @@ class _Segment:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Where the tensors of one segment lie; the same in every version: a recycled file keeps its header."""
 
     header: bytes
@@ -147,7 +147,7 @@ class Arena:
         self.folder = Path(folder)
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.specs = tuple(specs)
-        self._layouts = tuple(_layout(part) for part in _partition(specs, segment_bytes))
+        self._layouts = tuple(layout(part) for part in _partition(specs, segment_bytes))
         self._versions: dict[int, list[_Segment]] = {}
         self._spare: list[_Segment] = []
         self._serial = count()
@@ -158,18 +158,28 @@ class Arena:
         return sum(layout.nbytes for layout in self._layouts)
 
     def write(
-        self, version: int, tensors: Mapping[str, torch.Tensor], *, digest: bool = True, scan: bool = True
+        self,
+        version: int,
+        tensors: Mapping[str, torch.Tensor] | Iterator[tuple[str, torch.Tensor]],
+        *,
+        digest: bool = True,
+        scan: bool = True,
     ) -> tuple[tuple[str, ...], tuple[TensorEntry, ...]]:
         """Writes `version` and returns the names of its segments and its manifest.
 
-        A tensor of another dtype than its spec is cast while it is copied. Nothing appears under the
-        version's name unless all of it is there and, with `scan`, finite.
+        Tensors that are never in memory all at once come as an iterator, and are copied one by one. A tensor of
+        another dtype than its spec is cast while it is copied. Nothing appears under the version's name unless all of
+        it is there and, with `scan`, finite.
         """
         if version in self._versions:
             raise ValueError(f"Version {version} was written before: versions only grow, so publish a higher one.")
-        self._check_tensors(tensors)
-        segments = self._take()
-        _fill(segments, tensors)
+        if isinstance(tensors, Mapping):
+            self._check_tensors(tensors)
+            segments = self._take()
+            _fill(segments, tensors)
+        else:
+            segments = self._take()
+            self._fill_one_by_one(segments, tensors)
         digests = self._examine(segments, digest, scan) if digest or scan else {}
         self._spare = []
         self._versions[version] = self._name(version, segments)
@@ -204,6 +214,15 @@ class Arena:
                     f"Tensor {spec.name} has shape {tuple(tensor.shape)}, and the arena was laid out for "
                     f"{spec.shape}. Make a new arena when the model changes."
                 )
+
+    def _fill_one_by_one(self, segments: list[_Segment], tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        views = {name: view for part in segments for name, view in part.views.items()}
+        given: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors:
+            given[name] = tensor.to("meta")  # Its shape, without its bytes.
+            if name in views and tensor.shape == views[name].shape:
+                views[name].copy_(tensor)
+        self._check_tensors(given)
 
     def _take(self) -> list[_Segment]:
         """Private files to write into: spare until the version is whole, so a failed write keeps them."""
@@ -373,7 +392,8 @@ def _partition(specs: Sequence[TensorSpec], segment_bytes: int) -> list[list[Ten
     return parts
 
 
-def _layout(specs: Sequence[TensorSpec]) -> _Layout:
+def layout(specs: Sequence[TensorSpec]) -> Layout:
+    """The safetensors file that holds these tensors one after the other, without gaps."""
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     starts = []
@@ -386,7 +406,7 @@ def _layout(specs: Sequence[TensorSpec]) -> _Layout:
             "data_offsets": [starts[-1], end],
         }
     header = _header(table)
-    return _Layout(header, tuple(specs), tuple(len(header) + start for start in starts), len(header) + end)
+    return Layout(header, tuple(specs), tuple(len(header) + start for start in starts), len(header) + end)
 
 
 def _header(table: Mapping[str, Any]) -> bytes:
@@ -396,7 +416,7 @@ def _header(table: Mapping[str, Any]) -> bytes:
     return length.to_bytes(8, "little") + text.ljust(length)
 
 
-def _create(path: Path, layout: _Layout) -> _Segment:
+def _create(path: Path, layout: Layout) -> _Segment:
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
         _allocate(descriptor, layout.nbytes, path)

@@ -12,7 +12,7 @@ episode order).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -110,6 +110,11 @@ class Batch:
             index_E=self.index_E[episodes],
             episodes_total=self.episodes_total,
         )
+
+    def with_a_row(self) -> "Batch":
+        """Of a batch without rows, one that can pass through a model: a single row, of which nothing is asked."""
+        zero, one = np.zeros(1, np.int32), np.ones(1, np.int32)
+        return replace(self, tokens_T=zero, positions_T=zero, prefix_start_P=zero, prefix_length_P=one)
 
     def _segments(
         self, prefixes: NDArray[np.integer], tails: NDArray[np.intp]

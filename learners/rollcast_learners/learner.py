@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rollcast_learners import losses
+from rollcast_learners import losses, sharding
 from rollcast_learners.advantages import NO_SPREAD, moments
 from rollcast_learners.algorithms import ALGORITHMS, LossName
 from rollcast_learners.batch import Batch
@@ -157,8 +157,11 @@ class PolicyLearner:
     def _score(self, batch: Batch, rewards_N: Tensor) -> Scored:
         """What the losses compare against, under the policy as it is now."""
         settings = self.settings
-        once = settings.epochs * settings.minibatches == 1 and batch.tokens <= settings.microbatch_tokens
-        outputs = self._forward(batch) if once and batch.episodes else None
+        # All ranks of a sharded policy make the same passes, also one whose share is smaller, or empty.
+        larger = sharding.most(self.policy, int(batch.tokens > settings.microbatch_tokens))
+        once = settings.epochs * settings.minibatches == 1 and not larger
+        passes = batch.episodes or sharding.is_sharded(self.policy)
+        outputs = self._forward(batch) if once and passes else None
         return self.scorer.score(batch, rewards_N, self.kl_coef, outputs)
 
     def _minibatches(self, batch: Batch) -> Iterator[NDArray[np.intp]]:

@@ -4,7 +4,9 @@ Owns: master weights, the gradient buffer, learning rates and their schedule. Do
 how many learners there are: `reduce` is handed in.
 
 One flat buffer means one all-reduce an optimiser step carries gradients, their count and finite flag
-together. Nothing here waits for the device.
+together. Of a sharded policy (`sharding.py`) masters, moments and gradients are those of the rows that are here: the
+gradients arrive summed over all learners, and only what stays whole on each is left to be reduced. Nothing here waits
+for the device.
 """
 
 import math
@@ -13,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rollcast_learners import sharding
 from rollcast_learners.policy import Policy
 from rollcast_learners.settings import LearnerSettings
 
@@ -42,13 +45,18 @@ class MasterAdamW:
 
     def __init__(self, policy: Policy, settings: LearnerSettings) -> None:
         named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+        # What is summed already comes first in the flat buffer, so that the rest can be reduced in one piece.
+        named.sort(key=lambda pair: not sharding.is_spread(pair[1]))
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
-        count = sum(p.numel() for p in self.parameters)
+        # In float32 a parameter is its own master, and autograd (or FSDP2) adds its gradients up in the buffer.
+        self.masters = [p.float() for p in map(sharding.local, self.parameters)]
+        count = sum(m.numel() for m in self.masters)
+        self.sharded = sharding.is_sharded(policy)
+        self.spread = sum(sharding.local(p).numel() for p in self.parameters if sharding.is_spread(p))
         self.flat = torch.zeros(count + 1, device=policy.device)
-        views = self.flat[:count].split_with_sizes([p.numel() for p in self.parameters])
-        self.grads = [view.view_as(p) for view, p in zip(views, self.parameters, strict=True)]
+        views = self.flat[:count].split_with_sizes([m.numel() for m in self.masters])
+        self.grads = [view.view_as(m) for view, m in zip(views, self.masters, strict=True)]
         critic = [m for n, m in zip(self.names, self.masters, strict=True) if n.startswith(CRITIC)]
         policy_masters = [m for n, m in zip(self.names, self.masters, strict=True) if not n.startswith(CRITIC)]
         self.adamw = torch.optim.AdamW(
@@ -66,23 +74,31 @@ class MasterAdamW:
         """Forgets all gradients."""
         self.flat.zero_()
         for parameter, master, grad in zip(self.parameters, self.masters, self.grads, strict=True):
-            parameter.grad = None
             master.grad = grad
+            parameter.grad = sharding.like(grad, parameter) if parameter.dtype == torch.float32 else None
 
     def accumulate(self, count: int) -> None:
         """Adds what the last backward pass left on the policy, a sum over `count` tokens or answers."""
-        for parameter, master, grad in zip(self.parameters, self.masters, self.grads, strict=True):
-            if parameter is not master and parameter.grad is not None:
+        for parameter, grad in zip(self.parameters, self.grads, strict=True):
+            if parameter.dtype != torch.float32 and parameter.grad is not None:
                 grad.add_(parameter.grad)
                 parameter.grad = None
         self.flat[-1] += count
 
     def reduce(self, reduce: Reduce) -> Tensor:
         """Sums over the learners, divides by the count; gradient norm and count, on the device. NaN if any was."""
-        reduce(self.flat)
+        reduce(self.flat[self.spread :])
         count = self.flat[-1].clone()
         self.flat[:-1].div_(count.clamp(min=1.0))
-        return torch.stack([torch.linalg.vector_norm(self.flat[:-1]), count])
+        return torch.stack([self._norm(reduce), count.double()])
+
+    def _norm(self, reduce: Reduce) -> Tensor:
+        """Of all gradients, on whichever rank they lie. In float64, in which no square overflows."""
+        squares = torch.linalg.vector_norm(self.flat[: self.spread]).double().square()
+        if self.sharded:
+            reduce(squares)
+        norm: Tensor = (squares + torch.linalg.vector_norm(self.flat[self.spread : -1]).double().square()).sqrt()
+        return norm
 
     def step(self, norm: float, grad_clip: float, rate_factor: float, critic_only: bool = False) -> None:
         """Clips and steps; with `critic_only` the language model stays as it is, weight decay included."""
@@ -98,5 +114,5 @@ class MasterAdamW:
     @torch.no_grad()
     def copy_to_policy(self) -> None:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter is not master:
+            if parameter.dtype != torch.float32:
                 parameter.copy_(master)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rollcast_learners import adapters, attention
+from rollcast_learners import adapters, attention, sharding
 from rollcast_learners.batch import NO_ROW, Batch
 from rollcast_learners.head import Backend, logprobs_and_entropy, scores
 from rollcast_learners.settings import LoraSettings
@@ -96,7 +96,9 @@ class Policy(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.head_weight_VD.dtype
+        """What passes compute in."""
+        dtype: torch.dtype = getattr(torch, self.settings.dtype)
+        return dtype
 
     @property
     def head_weight_VD(self) -> Tensor:
@@ -110,6 +112,8 @@ class Policy(nn.Module):
     def hidden(self, batch: Batch, trunk: nn.Module | None = None) -> Tensor:
         """Last hidden states of all packed rows, (T, D), of the language model or of another trunk like it."""
         trunk = self.lm.base_model if trunk is None else trunk
+        # A sharded policy gathers its layers in every pass, also on a rank that has nothing to pass through them.
+        batch = batch if batch.tokens else batch.with_a_row()
         output = trunk(
             input_ids=self._tensor(batch.tokens_T).unsqueeze(0),
             position_ids=self._tensor(batch.positions_T).unsqueeze(0),
@@ -156,7 +160,7 @@ class Policy(nn.Module):
 
     def _value(self, rows_ND: Tensor) -> Tensor:
         values_N: Tensor = self.value_head(rows_ND.float()).squeeze(-1)
-        return values_N
+        return values_N.clone()  # No view: FSDP2 hooks what a pass returns, and a change of a view would lose the hook.
 
     def score_rows(self, token_ids_RL: Tensor) -> Tensor:
         """Log-probabilities of tokens 1..L-1 of each row at temperature 1, (R, L - 1): the probe's reference."""
@@ -175,22 +179,46 @@ class Policy(nn.Module):
         return logprobs.view(rows, length - 1)
 
     def published(self) -> Iterator[tuple[str, Tensor]]:
-        """What a published policy consists of, by name: the adapter alone, or every tensor of the language model."""
+        """What a published policy consists of, by name: the adapter alone, or every tensor of the language model.
+
+        Of a sharded policy each is gathered as it is asked for, so that they are never whole all at once.
+        """
         if self.settings.adapter is None:
             yield from self._stored()
         elif self.settings.adapter.publish == "adapter":
-            yield from adapters.trained(self.lm)
+            yield from self._adapter()
         else:
-            whole = {adapters.bare_name(name): tensor for name, tensor in self._stored() if ".lora_" not in name}
-            yield from adapters.merged(whole, dict(adapters.trained(self.lm)), self.settings.adapter.scale)
+            adapter = dict(self._adapter())
+            stored = ((adapters.bare_name(name), tensor) for name, tensor in self._stored() if ".lora_" not in name)
+            yield from adapters.merged(stored, adapter, self.settings.adapter.scale)
+
+    def _adapter(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in adapters.trained(self.lm):
+            yield name, self._whole(tensor)
 
     def _stored(self) -> Iterator[tuple[str, Tensor]]:
         """Named tensors of the language model, each stored tensor once (a tied head is the embedding)."""
         seen: set[int] = set()
         for name, tensor in self.lm.named_parameters():
-            if tensor.data_ptr() not in seen:
-                seen.add(tensor.data_ptr())
-                yield name, tensor.detach()
+            # Without rows here (a sharded one may have none) there is no memory to be known by.
+            memory = sharding.local(tensor).data_ptr() or id(tensor)
+            if memory not in seen:
+                seen.add(memory)
+                yield name, self._whole(tensor)
+
+    def _whole(self, weight: Tensor) -> Tensor:
+        """As passes compute with it; of a sharded policy gathered, in few bytes."""
+        rows = sharding.local(weight)
+        return sharding.whole(weight, rows.to(self.dtype) if rows.is_floating_point() else rows)
+
+    def shard(self, device: torch.device) -> None:
+        """Leaves this rank its rows of every weight, on `device` (`sharding.py`); all ranks call it together.
+
+        From then on all of them make every pass together, and go through `published()` together. The value head is too
+        small to spread, and stays whole.
+        """
+        passes = (Policy.score_values.__name__, Policy.score_rows.__name__)
+        sharding.shard(self, self.dtype, device, self.value_head, passes)
 
     def without_adapter(self) -> "Unadapted":
         """The model that training began from, at no memory of its own."""

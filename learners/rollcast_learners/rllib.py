@@ -35,8 +35,8 @@ from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.actor_manager import CallResult
 from torch import Tensor
 
-from rollcast_learners import state
-from rollcast_learners.arena import Arena, policy_specs
+from rollcast_learners import sharding, state
+from rollcast_learners.arena import Arena, TensorSpec, policy_specs
 from rollcast_learners.batch import Batch
 from rollcast_learners.learner import PolicyLearner, StepResult
 from rollcast_learners.policy import Outputs, Policy, PolicySettings, Reference
@@ -108,6 +108,7 @@ class LMLearner(TorchLearner):
         super().__init__(config=config, **kwargs)
         self.spec = config.spec
         self.arena: Arena | None = None
+        self.specs: tuple[TensorSpec, ...] = ()
         self.result: StepResult | None = None
 
     def build(self) -> None:
@@ -120,7 +121,8 @@ class LMLearner(TorchLearner):
             reference = policy.without_adapter()
         elif self.spec.kl.kind != "none":
             frozen = dataclasses.replace(self.spec.policy, critic="none", activation_checkpointing=False)
-            reference = Policy(frozen).to(policy.device).requires_grad_(False)
+            reference = Policy(frozen).requires_grad_(False)
+            self._place(reference, policy.device)
         kind = SupervisedLearner if self.spec.supervised else PolicyLearner
         self.core = kind(
             policy,
@@ -137,6 +139,16 @@ class LMLearner(TorchLearner):
 
     def configure_optimizers(self) -> None:
         """None of RLlib's: `PolicyLearner` owns the optimiser, over float32 masters that RLlib does not know."""
+
+    def _map_module_to_device(self, module: Any) -> None:
+        """RLlib's hook between a module and its optimiser. A sharded policy is never whole on the device."""
+        self._place(module[DEFAULT_MODULE_ID].policy, self._device)
+
+    def _place(self, policy: Policy, device: torch.device) -> None:
+        if self.spec.learner.sharding == "fsdp":
+            policy.shard(device)
+        else:
+            policy.to(device)
 
     def _make_modules_ddp_if_necessary(self) -> None:
         """Never: see the module's docstring."""
@@ -195,6 +207,7 @@ class Learners:
         self.count = max(settings.num_learners, 1)
         self._silent_after_s = silent_after_s
         self._lost = False
+        self.sharded = settings.sharding != "none"
         self.group = _group(config)
         try:
             self.pids = self._each(_pid)
@@ -217,18 +230,18 @@ class Learners:
     def publish(
         self, version: int, folder: str, retire: list[int], digest: bool = True
     ) -> tuple[tuple[str, ...], tuple[TensorEntry, ...]]:
-        """The first learner writes its policy into `folder` on its node; nobody reads those in `retire`."""
-        return self._first(_publish, version=version, folder=folder, retire=retire, digest=digest)
+        """The first learner writes the policy into `folder` on its node; nobody reads those in `retire`."""
+        return self._leading(_publish, version=version, folder=folder, retire=retire, digest=digest)
 
     def probe(self, token_ids_RL: NDArray[np.int32]) -> Probe:
-        return self._first(_probe, token_ids_RL=token_ids_RL)
+        return self._leading(_probe, token_ids_RL=token_ids_RL)
 
     def held_out_loss(self, batch: Batch) -> float:
         """Of a supervised learner: mean negative log-likelihood of the batch's trained tokens."""
-        return self._first(_held_out_loss, batch=batch)
+        return self._leading(_held_out_loss, batch=batch)
 
     def save(self, folder: Path) -> None:
-        self._first(_save, folder=str(folder))
+        self._leading(_save, folder=str(folder))
 
     def load(self, folder: Path) -> None:
         self._each(_load, folder=str(folder))
@@ -258,6 +271,10 @@ class Learners:
 
     def _first(self, function: Callable[..., T], **kwargs: Any) -> T:
         return self._ask(partial(function, **kwargs), [0])[0]
+
+    def _leading(self, function: Callable[..., T], **kwargs: Any) -> T:
+        """The first learner's answer, to which the others of a sharded policy have to contribute."""
+        return self._each(function, **kwargs)[0] if self.sharded else self._first(function, **kwargs)
 
     def _each(self, function: Callable[..., T], **kwargs: Any) -> list[T]:
         return self._ask(partial(function, **kwargs), list(range(self.count)))
@@ -329,12 +346,35 @@ def _take_result(learner: LMLearner) -> StepResult:
 def _publish(
     learner: LMLearner, version: int, folder: str, retire: list[int], digest: bool
 ) -> tuple[tuple[str, ...], tuple[TensorEntry, ...]]:
-    tensors = dict(learner.core.policy.published())
+    policy = learner.core.policy
+    if sharding.is_sharded(policy):
+        return _publish_gathered(learner, version, folder, retire, digest)
+    tensors = dict(policy.published())
     if learner.arena is None:
         learner.arena = Arena(folder, policy_specs(tensors))
     for old in retire:
         learner.arena.retire(old)
     return learner.arena.write(version, tensors, digest=digest)
+
+
+def _publish_gathered(
+    learner: LMLearner, version: int, folder: str, retire: list[int], digest: bool
+) -> tuple[tuple[str, ...], tuple[TensorEntry, ...]]:
+    """All ranks gather tensor by tensor, and the first copies each into the arena before the next one comes.
+
+    An arena is of one node and its manifest has whole tensors, so ranks on other nodes cannot write their rows.
+    """
+    policy = learner.core.policy
+    if not learner.specs:
+        learner.specs = tuple(TensorSpec(name, policy.settings.dtype, tuple(t.shape)) for name, t in policy.published())
+    with sharding.in_step(policy.published()) as tensors:
+        if not sharding.writes(policy):
+            return (), ()
+        if learner.arena is None:
+            learner.arena = Arena(folder, learner.specs)
+        for old in retire:
+            learner.arena.retire(old)
+        return learner.arena.write(version, tensors, digest=digest)
 
 
 def _probe(learner: LMLearner, token_ids_RL: NDArray[np.int32]) -> Probe:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rollcast_learners import correction
+from rollcast_learners import correction, sharding
 from rollcast_learners.advantages import centre, gae_of_episodes, group_advantages, leave_one_out, moments, whiten
 from rollcast_learners.algorithms import ALGORITHMS, OVER_GROUPS
 from rollcast_learners.batch import Batch
@@ -104,9 +104,11 @@ class Scorer:
         )
 
     def parts(self, batch: Batch) -> Iterator[Part]:
-        """The micro-batches of a batch."""
+        """The micro-batches of a batch; with a sharded policy as many on every rank, if need be empty ones."""
         device = self.policy.device
-        for episodes in batch.microbatches(self.settings.microbatch_tokens):
+        found = batch.microbatches(self.settings.microbatch_tokens)
+        missing = sharding.most(self.policy, len(found)) - len(found)
+        for episodes in (*found, *[np.empty(0, np.intp)] * missing):
             yield batch.select(episodes), upload(episodes, device), upload(batch.trained_of(episodes), device)
 
     def loss_weights(self, batch: Batch) -> Tensor | None:

@@ -23,7 +23,9 @@ class LearnerSettings(Settings):
     algorithm: AlgorithmName = "ppo"
     """The learning algorithm (docs/algorithms); it settles what a file leaves out of the other keys here."""
     num_learners: int = Field(default=1, ge=0)
-    """Learner processes, data parallel; 0 runs the learner inside the trainer process."""
+    """Learner processes, data parallel (docs/learners.md); 0 runs the learner inside the trainer process."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """Whether each learner holds the whole policy, or `fsdp`: a share of its weights, moments and gradients."""
     gpus_per_learner: float = Field(default=0, ge=0)
     """GPUs reserved for each learner."""
     cpus_per_learner: int = Field(default=1, ge=1)

@@ -7,36 +7,44 @@ Owns: the files of one learner state. Does not know checkpoints' digests, steps 
     optimizer.safetensors   AdamW's moments, `exp_avg/NAME` and `exp_avg_sq/NAME`
     learner.json            counters, the guard, and the optimiser's step count
 
-There is no random state to save: every draw is made from the run's seed and the step.
+There is no random state to save: every draw is made from the run's seed and the step. The files are the same however
+many learners there are and whether they share the policy out: a sharded one is gathered and written a tensor at a time,
+and each rank reads the rows that are its own.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rollcast_learners import adapters
+from rollcast_learners import adapters, sharding
+from rollcast_learners.arena import TensorSpec, layout
 from rollcast_learners.learner import PolicyLearner
 from rollcast_learners.optimizer import MasterAdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-POLICY, HEAD, TRUNK = "lm.", "value_head.", "value_trunk."
+POLICY, HEAD = "lm.", "value_head."
+Tensors = dict[str, tuple[Tensor, Tensor]]
+"""By the name in the file: a weight of the policy, and what is saved of it, a master or a moment (the rows here)."""
 
 
 def save(learner: PolicyLearner, folder: Path) -> None:
-    """Writes the four files into `folder`, which exists and is empty."""
-    masters = _masters(learner.optimizer)
-    critic = {name.removeprefix(HEAD): m for name, m in masters.items() if not name.startswith(POLICY)}
-    policy = {name.removeprefix(POLICY): m for name, m in masters.items() if name.startswith(POLICY)}
-    save_file(policy, folder / "policy.safetensors", metadata={"format": "pt"})
-    save_file(critic, folder / "critic.safetensors")
-    save_file(_moments(learner.optimizer), folder / "optimizer.safetensors")
-    (folder / "learner.json").write_text(json.dumps(_scalars(learner), indent=2) + "\n", encoding="utf-8")
+    """Writes the four files into `folder`, which exists and is empty.
+
+    All ranks of a sharded policy call it together, and the first one writes.
+    """
+    files = _weights(learner.optimizer) | _moments(learner.optimizer)
+    with sharding.in_step(_gathered(files)) as gathered:
+        if sharding.writes(learner.policy):
+            for name, tensors in files.items():
+                _write(folder / name, tensors, islice(gathered, len(tensors)))
+            scalars = json.dumps(_scalars(learner), indent=2) + "\n"
+            (folder / "learner.json").write_text(scalars, encoding="utf-8")
 
 
 def load(learner: PolicyLearner, folder: Path) -> None:
@@ -44,15 +52,12 @@ def load(learner: PolicyLearner, folder: Path) -> None:
 
     Raises `ValueError` naming the tensor when the state belongs to another model.
     """
-    device = str(learner.policy.device)
-    policy = load_file(folder / "policy.safetensors", device=device)
-    critic = load_file(folder / "critic.safetensors", device=device)
-    saved = {POLICY + k: v for k, v in policy.items()}
-    saved |= {k if k.startswith(TRUNK) else HEAD + k: v for k, v in critic.items()}
-    _copy(_masters(learner.optimizer), saved, folder)
-    learner.optimizer.copy_to_policy()
     scalars = json.loads((folder / "learner.json").read_text(encoding="utf-8"))
-    _load_moments(learner.optimizer, load_file(folder / "optimizer.safetensors", device=device), scalars, folder)
+    _read(_weights(learner.optimizer), folder)
+    learner.optimizer.copy_to_policy()
+    _make_moments(learner.optimizer, int(scalars["optimizer_step"]))
+    if scalars["optimizer_step"]:
+        _read(_moments(learner.optimizer), folder)
     learner.steps_done = int(scalars["steps_done"])
     learner.rate_scale = float(scalars["rate_scale"])
     learner.kl_coef = float(scalars.get("kl_coef", learner.kl_coef))
@@ -73,17 +78,62 @@ def saved_policy(folder: Path, dtype_of: Callable[[str], str]) -> dict[str, Tens
     return found
 
 
-def _masters(optimizer: MasterAdamW) -> dict[str, Tensor]:
-    return {name: m.detach() for name, m in zip(optimizer.names, optimizer.masters, strict=True)}
+def _weights(optimizer: MasterAdamW) -> dict[str, Tensors]:
+    policy: Tensors = {}
+    critic: Tensors = {}
+    for name, weight, master in zip(optimizer.names, optimizer.parameters, optimizer.masters, strict=True):
+        belongs_to, known_as = (policy, POLICY) if name.startswith(POLICY) else (critic, HEAD)
+        belongs_to[name.removeprefix(known_as)] = weight, master
+    return {"policy.safetensors": policy, "critic.safetensors": critic}
 
 
-def _moments(optimizer: MasterAdamW) -> dict[str, Tensor]:
-    return {
-        f"{moment}/{name}": optimizer.adamw.state[master][moment]
-        for name, master in zip(optimizer.names, optimizer.masters, strict=True)
+def _moments(optimizer: MasterAdamW) -> dict[str, Tensors]:
+    moments: Tensors = {
+        f"{moment}/{name}": (weight, optimizer.adamw.state[master][moment])
+        for name, weight, master in zip(optimizer.names, optimizer.parameters, optimizer.masters, strict=True)
         for moment in MOMENTS
         if master in optimizer.adamw.state
     }
+    return {"optimizer.safetensors": moments}
+
+
+def _gathered(files: dict[str, Tensors]) -> Iterator[Tensor]:
+    for tensors in files.values():
+        for weight, rows in tensors.values():
+            yield sharding.whole(weight, rows)
+
+
+def _write(path: Path, tensors: Tensors, gathered: Iterator[Tensor]) -> None:
+    """A safetensors file of float32, as the tensors come in."""
+    specs = [TensorSpec(name, "float32", tuple(weight.shape)) for name, (weight, _) in tensors.items()]
+    with path.open("wb") as file:
+        file.write(layout(specs).header)
+        for tensor in gathered:
+            file.write(tensor.cpu().numpy().data)
+
+
+@torch.no_grad()
+def _read(files: dict[str, Tensors], folder: Path) -> None:
+    """All or nothing: every tensor is held against its target before the first one is copied."""
+    for file, tensors in files.items():
+        with safe_open(folder / file, "pt") as saved:
+            shapes = {name: str(tuple(saved.get_slice(name).get_shape())) for name in sorted(saved.keys())}
+            _check(shapes, tensors, folder)
+    for file, tensors in files.items():
+        with safe_open(folder / file, "pt") as saved:
+            for name, (weight, rows) in tensors.items():
+                rows.copy_(saved.get_slice(name)[sharding.rows_of(weight)])
+
+
+def _check(found: dict[str, str], needed: Tensors, folder: Path) -> None:
+    shapes = {name: str(tuple(weight.shape)) for name, (weight, _) in needed.items()}
+    for name in sorted(shapes.keys() | found.keys()):
+        there, here = found.get(name, "missing"), shapes.get(name, "missing")
+        if there != here:
+            raise ValueError(
+                f"{folder}: tensor {name} is {there} there, and {here} in this model. "
+                "Resume with the model.path the run was started with."
+            )
 
 
 def _scalars(learner: PolicyLearner) -> dict[str, Any]:
@@ -97,32 +147,10 @@ def _scalars(learner: PolicyLearner) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def _copy(targets: dict[str, Tensor], saved: dict[str, Tensor], folder: Path) -> None:
-    """All or nothing: every tensor is held against its target before the first one is copied."""
-    for name in sorted(targets.keys() | saved.keys()):
-        found, needed = (_shape(tensors, name) for tensors in (saved, targets))
-        if found != needed:
-            raise ValueError(
-                f"{folder}: tensor {name} is {found} there, and {needed} in this model. "
-                "Resume with the model.path the run was started with."
-            )
-    for name, target in targets.items():
-        target.copy_(saved[name])
-
-
-def _shape(tensors: dict[str, Tensor], name: str) -> str:
-    return str(tuple(tensors[name].shape)) if name in tensors else "missing"
-
-
-def _load_moments(optimizer: MasterAdamW, saved: dict[str, Tensor], scalars: dict[str, Any], folder: Path) -> None:
-    step = int(scalars["optimizer_step"])
+def _make_moments(optimizer: MasterAdamW, step: int) -> None:
     optimizer.adamw.state.clear()
-    if not step:
-        return
-    for master in optimizer.masters:
+    for master in optimizer.masters if step else ():
         optimizer.adamw.state[master] = {
             "step": torch.tensor(float(step), device=master.device),
             **{moment: torch.empty_like(master) for moment in MOMENTS},
         }
-    _copy(_moments(optimizer), saved, folder)

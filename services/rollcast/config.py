@@ -214,6 +214,9 @@ class LearnerSection(LearnerSettings):
                 why = f"{self.algorithm} ({algorithm.paper}) has {choices} there, not {value!r}"
                 fix = f'leave it out (it is then "{usual}"), or choose another learner.algorithm'
                 raise refusal(f"learner.{key}", why, fix)
+        if self.sharding != "none" and self.num_learners < 2:
+            why = f"a policy is shared out among learners, and learner.num_learners = {self.num_learners}"
+            raise refusal("learner.sharding", why, 'set learner.num_learners to 2 or more, or this to "none"')
         if self.critic == "none" and self.on_length == "bootstrap":
             why = "without a critic there is no value to bootstrap from"
             raise refusal("learner.on_length", why, 'use "zero" or "mask", or learner.critic = "head"')

@@ -160,7 +160,7 @@ def _write_tensors(tensors: dict[str, Any], folder: Path, config: RunConfig) -> 
         (apart / "adapter_config.json").write_text(adapters.describe(config.lora), encoding="utf-8")
         dtype = next(iter(tensors.values())).dtype
         whole = {name: tensor.to(dtype) for name, tensor in _base_tensors(base_model(config, weights=True)).items()}
-        tensors = dict(adapters.merged(whole, tensors, config.lora.scale))
+        tensors = dict(adapters.merged(whole.items(), tensors, config.lora.scale))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

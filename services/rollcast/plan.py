@@ -135,6 +135,7 @@ def _processes(config: RunConfig) -> tuple[Process, ...]:
     if rollout.tensor_parallel > 1:
         engine += f" over {rollout.tensor_parallel} devices"
     learns = f"{learner.algorithm}, critic: {learner.critic}, {config.model.dtype} over float32 masters"
+    learns += ", sharded (fsdp)" if learner.sharding == "fsdp" else ""
     group = (
         [Process("learner", learner.num_learners, learner.cpus_per_learner, learner.gpus_per_learner, learns)]
         if learner.num_learners
@@ -299,25 +300,31 @@ def _compute_bytes(config: RunConfig) -> int:
 
 def _learner_needs(config: RunConfig, size: ModelSize) -> Iterator[Need]:
     place: Place = "gpu memory" if config.learner.gpus_per_learner else "memory"
-    copies = max(1, config.learner.num_learners)
+    learners = max(1, config.learner.num_learners)
+    sharded = config.learner.sharding != "none"
     compute = _compute_bytes(config) * size.parameters
     separate = config.learner.critic == "separate"
     trained = FP32 * _trained_parameters(config, size) * (2 if separate else 1)
 
     def need(name: str, nbytes: int, about: bool = False) -> Need:
-        return Need(f"learner: {name}", place, copies * nbytes, about)
+        return Need(f"learner: {name}", place, learners * nbytes, about)
 
-    if config.model.dtype != "float32" or config.adapter is not None:
-        yield need("policy to compute with", compute)
-    if separate and config.model.dtype != "float32":
+    def shared(name: str, nbytes: int) -> Need:
+        return Need(f"learner: {name}", place, nbytes if sharded else learners * nbytes)
+
+    if sharded:  # Its weights are the masters' own, cast as they are gathered; those of an adapter's base stay cast.
+        yield need("layers gathered to compute with", _gathered_bytes(config, size), about=True)
+    if config.adapter is not None or (config.model.dtype != "float32" and not sharded):
+        yield shared("policy to compute with", compute)
+    if separate and config.model.dtype != "float32" and not sharded:
         yield need("critic to compute with", compute)
-    yield need("float32 masters", trained)
-    yield need("Adam moments", 2 * trained)
-    yield need("gradients", trained)
+    yield shared("float32 masters", trained)
+    yield shared("Adam moments", 2 * trained)
+    yield shared("gradients", trained)
     if config.kl.kind != "none" and config.adapter is None:  # An adapter is switched off instead.
-        yield need("reference policy", compute)
+        yield shared("reference policy", compute)
     yield need("activations", _activation_bytes(config, size), about=True)
-    yield Need("learner: Python and libraries", "memory", copies * PROCESS_BYTES, about=True)
+    yield Need("learner: Python and libraries", "memory", learners * PROCESS_BYTES, about=True)
 
 
 def _trained_parameters(config: RunConfig, size: ModelSize) -> int:
@@ -335,6 +342,14 @@ def _trained_parameters(config: RunConfig, size: ModelSize) -> int:
     }
     of_layer = sum(widths.get(name, 2 * size.hidden) for name in config.adapter.targets)
     return size.layers * config.adapter.rank * of_layer
+
+
+def _gathered_bytes(config: RunConfig, size: ModelSize) -> int:
+    """What a learner of a sharded policy has whole at a time: two layers, of which one is on its way, and all that is
+    in no layer (Llama)."""
+    layer = 2 * size.hidden * (size.hidden + size.keys) + 3 * size.hidden * size.inner + 2 * size.hidden
+    others = max(0, size.layers - 2) * layer
+    return _compute_bytes(config) * max(0, size.parameters - others)
 
 
 def _activation_bytes(config: RunConfig, size: ModelSize) -> int:

@@ -94,6 +94,19 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path, tiny_fp32: str, ray_cl
 
 
 @pytest.mark.ray
+def test_a_run_with_a_sharded_policy_goes_on_without(tmp_path: Path, tiny_fp32: str, ray_cluster: str) -> None:
+    words = ("--rollout.engine=torch", "--rollout.max_new_tokens=4", "--eval.samples=2", "--learner.learning_rate=1e-2")
+    shared = ("--learner.num_learners=2", "--learner.sharding=fsdp", "--run.steps=2")
+    folder = run_it(config_for(tmp_path, tiny_fp32, *words, *shared))
+    assert [row["step"] for row in metrics.read(folder.metrics)] == [0, 1, 2]
+    run_it(config_for(tmp_path, tiny_fp32, *words, "--run.steps=3"))
+    rows = metrics.read(folder.metrics)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    gaps = [row["logprob_gap/max"] for row in rows if "logprob_gap/max" in row]
+    assert len(gaps) >= 2 and max(gaps) < 1e-3, "the workers had what the learners had"
+
+
+@pytest.mark.ray
 @pytest.mark.vllm
 def test_ray_and_vllm_and_rllib_end_to_end(tmp_path: Path, tiny_bf16: str, ray_cluster: str) -> None:
     config = config_for(

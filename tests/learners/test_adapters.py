@@ -88,7 +88,7 @@ def test_published_tensors_are_what_peft_writes_and_reads(tiny_fp32: str, tmp_pa
     read = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_fp32, dtype=torch.float32), ours)
     with torch.no_grad():
         plain = AutoModelForCausalLM.from_pretrained(tiny_fp32, dtype=torch.float32)
-        merged = dict(adapters.merged(dict(plain.named_parameters()), published, LORA.scale))
+        merged = dict(adapters.merged(plain.named_parameters(), published, LORA.scale))
         plain.load_state_dict(merged, strict=False)
         assert_close(logits_of(plain), logits_of(read), rtol=1e-4, atol=1e-5)
 
@@ -105,7 +105,7 @@ def test_merged_weights_are_the_policy(tiny_fp32: str) -> None:
 def test_an_adapter_without_its_weight_is_refused(tiny_fp32: str) -> None:
     published = dict(adapted(tiny_fp32).published())
     with pytest.raises(ValueError, match=r"no weight model\.layers\.0"):
-        dict(adapters.merged({"model.norm.weight": torch.ones(64)}, published, 1.0))
+        dict(adapters.merged([("model.norm.weight", torch.ones(64))], published, 1.0))
 
 
 def test_switched_off_it_is_the_reference_at_no_memory(tiny_fp32: str) -> None:

@@ -48,7 +48,12 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return tensors | {"scale": torch.randn(3, 5), "offset": torch.tensor(7, dtype=torch.int64)}
 
 
-def publish(arena: Arena, version: int, tensors: dict[str, torch.Tensor], digest: bool = True) -> Weights:
+def publish(
+    arena: Arena,
+    version: int,
+    tensors: dict[str, torch.Tensor] | Iterator[tuple[str, torch.Tensor]],
+    digest: bool = True,
+) -> Weights:
     segments, manifest = arena.write(version, tensors, digest=digest)
     return Weights("full", version, manifest, segments, home="here", folder=str(arena.folder))
 
@@ -135,6 +140,19 @@ def test_unlink_leaves_readers_their_memory_and_close_leaves_nothing(
     assert_same(opened, policy)
     arena.close()
     assert not folder.exists()
+
+
+def test_tensors_may_come_one_by_one(folder: Path, policy: dict[str, torch.Tensor]) -> None:
+    arena = Arena(folder, policy_specs(policy), 64 << 10)
+    whole = publish(arena, 0, policy)
+    one_by_one = publish(arena, 1, iter(policy.items()))
+    assert one_by_one.manifest == whole.manifest
+    assert_same(open_tensors(one_by_one, folder), policy)
+    with pytest.raises(ValueError, match=r"scale has shape \(5, 3\)"):
+        publish(arena, 2, iter((policy | {"scale": torch.zeros(5, 3)}).items()))
+    with pytest.raises(ValueError, match=r"is missing"):
+        publish(arena, 2, iter(list(policy.items())[1:]))
+    assert_same(open_tensors(publish(arena, 2, iter(policy.items())), folder), policy)
 
 
 def test_a_reader_cannot_change_what_others_read(folder: Path, policy: dict[str, torch.Tensor]) -> None:

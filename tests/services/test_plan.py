@@ -70,6 +70,20 @@ def test_the_estimate_follows_the_settings(model: Path, tmp_path: Path) -> None:
     assert nbytes(scripted, "engine weights") == nbytes(scripted, "KV cache") == 0
 
 
+def test_a_sharded_policy_is_counted_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # A cluster may have the cores that this machine lacks.
+    two = {"num_learners": 2}
+    whole = make_plan(config(model, tmp_path, learner=two, kl={"kind": "k3"}))
+    sharded = make_plan(config(model, tmp_path, learner=two | {"sharding": "fsdp"}, kl={"kind": "k3"}))
+    for name in ("float32 masters", "Adam moments", "gradients", "reference"):
+        assert nbytes(whole, name) == 2 * nbytes(sharded, name) > 0
+    assert nbytes(sharded, "float32 masters") == 4 * PARAMETERS
+    assert nbytes(sharded, "policy to compute with") == 0
+    assert 0 < nbytes(sharded, "gathered") <= 2 * 2 * PARAMETERS
+    assert nbytes(sharded, "activations") == nbytes(whole, "activations")
+    assert "sharded" in render(sharded)
+
+
 def test_it_is_told_with_what_is_free_beside_it(model: Path, tmp_path: Path) -> None:
     text = render(make_plan(config(model, tmp_path)))
     for expected in (
