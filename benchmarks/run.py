@@ -1,7 +1,7 @@
 """`make bench`: every benchmark, one after the other, results in benchmarks/results/.
 
-The peer (TRL) gets an environment of its own, `.venv-trl`, the first time. Run it on a quiet machine: each result
-records the load average it met.
+The peers (two versions of TRL) get environments of their own, `.venv-trl` and `.venv-trl-ppo`, the first time. Run it
+on a quiet machine: each result records the load average it met.
 """
 
 import subprocess
@@ -11,33 +11,43 @@ from pathlib import Path
 from rollcast.demo import prepare_model
 
 ROOT = Path(__file__).resolve().parents[1]
-PEER = ROOT / ".venv-trl"
 TORCH = "torch==2.13.0"
-PEER_PACKAGES = ["trl==1.16.0", "transformers==5.19.0", "datasets", "accelerate"]
+PEERS = {
+    ".venv-trl": ["trl==1.16.0", "transformers==5.19.0", "datasets", "accelerate", "gymnasium==1.2.2"],
+    ".venv-trl-ppo": ["trl==1.12.0", "transformers==5.19.0", "datasets", "accelerate"],
+}
+END_TO_END = {
+    "natural": ".venv-trl",
+    "fixed": ".venv-trl",
+    "lognormal": ".venv-trl",
+    "multiturn": ".venv-trl",
+    "rloo": ".venv-trl",
+    "ppo": ".venv-trl-ppo",
+}
+"""Workload -> the environment its peer runs in."""
 
 
-def peer_python() -> str:
-    python = PEER / "bin" / "python"
-    if not (PEER / ".ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(PEER)], check=True)
+def peer_python(name: str) -> str:
+    folder = ROOT / name
+    python = folder / "bin" / "python"
+    if not (folder / ".ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet"]
         if subprocess.run([*pip, f"{TORCH}+cpu"]).returncode:
             subprocess.run([*pip, "--index-url", "https://download.pytorch.org/whl/cpu", f"{TORCH}+cpu"], check=True)
-        subprocess.run([*pip, *PEER_PACKAGES], check=True)
-        (PEER / ".ready").touch()
+        subprocess.run([*pip, *PEERS[name]], check=True)
+        (folder / ".ready").touch()
     return str(python)
 
 
 def main() -> None:
     prepare_model(ROOT / "models" / "smollm2-135m-instruct")
-    for script, *more in (
-        ["weights.py"],
-        ["learner.py"],
-        ["learner_scaling.py"],
-        ["tasks.py"],
-        ["end_to_end.py", "--peer-python", peer_python()],
-    ):
-        print(f"== {script}", flush=True)
+    end_to_end = [
+        ["end_to_end.py", workload, "--peer-python", peer_python(name)] for workload, name in END_TO_END.items()
+    ]
+    learner = [["learner.py"], ["learner_scaling.py"]]
+    for script, *more in (["weights.py"], *learner, ["tasks.py"], *end_to_end):
+        print("==", script, *more[:1], flush=True)
         subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), "--write", *more], cwd=ROOT, check=True)
 
 
