@@ -254,13 +254,14 @@ def main() -> None:
     arguments = parser.parse_args()
     workload = WORKLOADS[arguments.workload]
     date = time.strftime("%Y-%m-%d")
+    command = " ".join(["python", *sys.argv]).replace(arguments.peer_python, "TRL_ENV/bin/python")
     target = ROOT / "benchmarks" / "results" / f"end_to_end-{arguments.workload}-{date}.json"
     earlier = json.loads(target.read_text(encoding="utf-8"))["pairs"] if arguments.write and target.exists() else []
     pairs: list[dict[str, Any]] = list(earlier)
     for _ in range(arguments.pairs):
         with tempfile.TemporaryDirectory() as folder:
             prepare(workload, Path(folder))
-            pair: dict[str, Any] = {"load_before": os.getloadavg()[0]}
+            pair: dict[str, Any] = {"command": command, "load_before": os.getloadavg()[0]}
             mark = f"{os.getpid()}-{len(pairs)}"
             pair["rollcast"] = ours(f"rollcast-{mark}", workload, arguments.steps, Path(folder))
             for name, script in workload.peers.items():
@@ -269,7 +270,7 @@ def main() -> None:
         pairs.append(pair)
         result = {
             "benchmark": f"end_to_end {arguments.workload}",
-            "command": " ".join(["python", *sys.argv]).replace(arguments.peer_python, "TRL_ENV/bin/python"),
+            "command": command,
             "date": date,
             "machine": f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, no GPU",
             "ratios": {name: ratios(pairs, name) for name in workload.peers},
