@@ -13,6 +13,7 @@ causal call, which needs no mask. Works without FlashAttention.
 Legend: T packed rows, L rows of a query piece, K rows its keys come from, H heads, D head size.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,10 @@ from rollcast_learners.upload import upload
 
 NAME = "rollcast_packed"
 LARGEST_MASKED_FAMILY = 1024
+JOINED_ROWS = 256
+"""Small families share a call up to so many rows: on a CPU each call costs more than the scores it masks away."""
+Family = tuple[int, list[int]]
+"""Length of a prefix, and of each of its tails."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,21 +66,56 @@ def packing_of(batch: Batch, dtype: torch.dtype, device: torch.device) -> Packin
 
 
 def pieces_of(batch: Batch, dtype: torch.dtype, device: torch.device) -> Packing:
-    """One call a family, or one a segment."""
+    """One call a family, for a few small families together, or one a segment of a large one."""
     pieces: list[Piece] = []
-    tails_of = np.split(
-        batch.tail_length_S, np.searchsorted(batch.tail_prefix_S, np.arange(1, len(batch.prefix_length_P)))
-    )
-    for prefix_length, tail_lengths in zip(batch.prefix_length_P.tolist(), tails_of, strict=True):
-        lengths = [int(n) for n in tail_lengths if n > 0]
-        if len(lengths) <= 1:
-            pieces.append(Piece(prefix_length + sum(lengths), (len(pieces),), None))
-        elif prefix_length + sum(lengths) <= LARGEST_MASKED_FAMILY:
-            seen = family_mask(prefix_length, lengths)
-            pieces.append(Piece(len(seen), (len(pieces),), additive(seen, dtype, device)))
+    for families in _together(families_of(batch)):
+        rows = sum(_rows(family) for family in families)
+        prefix_length, lengths = families[0]
+        if len(families) == 1 and len(lengths) <= 1:
+            pieces.append(Piece(rows, (len(pieces),), None))
+        elif rows <= LARGEST_MASKED_FAMILY:
+            pieces.append(Piece(rows, (len(pieces),), additive(joined_mask(families), dtype, device)))
         else:
             pieces.extend(_large_family(len(pieces), prefix_length, lengths, dtype, device))
     return Packing(tuple(pieces))
+
+
+def families_of(batch: Batch) -> list[Family]:
+    """Length of each prefix, and those of its tails that have any."""
+    tails_of = np.split(
+        batch.tail_length_S, np.searchsorted(batch.tail_prefix_S, np.arange(1, len(batch.prefix_length_P)))
+    )
+    return [
+        (prefix_length, [int(n) for n in tail_lengths if n > 0])
+        for prefix_length, tail_lengths in zip(batch.prefix_length_P.tolist(), tails_of, strict=True)
+    ]
+
+
+def _together(families: list[Family]) -> Iterator[list[Family]]:
+    """Neighbours that fit into one call."""
+    joined: list[Family] = []
+    for family in families:
+        if joined and sum(map(_rows, joined)) + _rows(family) > min(JOINED_ROWS, LARGEST_MASKED_FAMILY):
+            yield joined
+            joined = []
+        joined.append(family)
+    if joined:
+        yield joined
+
+
+def _rows(family: Family) -> int:
+    return family[0] + sum(family[1])
+
+
+def joined_mask(families: list[Family]) -> NDArray[np.bool_]:
+    """Of families that lie one after the other, and see nothing of each other."""
+    rows = sum(map(_rows, families))
+    seen, start = np.zeros((rows, rows), np.bool_), 0
+    for family in families:
+        end = start + _rows(family)
+        seen[start:end, start:end] = family_mask(*family)
+        start = end
+    return seen
 
 
 def family_mask(prefix_length: int, tail_lengths: list[int]) -> NDArray[np.bool_]:

@@ -132,7 +132,13 @@ def test_ray_and_vllm_and_rllib_end_to_end(tmp_path: Path, tiny_bf16: str, ray_c
 def test_adapters_are_trained_published_exported_and_measured(
     publish: str, tmp_path: Path, tiny_fp32: str, ray_cluster: str
 ) -> None:
-    words = ("--rollout.engine=torch", "--lora.rank=4", f"--lora.publish={publish}", "--learner.learning_rate=1e-2")
+    words = (
+        "--rollout.engine=torch",
+        "--model.dtype=float32",
+        "--lora.rank=4",
+        f"--lora.publish={publish}",
+        "--learner.learning_rate=1e-2",
+    )
     config = config_for(tmp_path, tiny_fp32, *words, "--run.steps=2", "--rollout.max_new_tokens=4", "--eval.samples=2")
     folder = run_it(config)
     rows = metrics.read(folder.metrics)
