@@ -165,9 +165,9 @@ def measured(name: str, command: list[str], read: Callable[[str], dict[int, Step
     }
 
 
-def ours(name: str, workload: Workload, steps: int, folder: Path) -> dict[str, Any]:
+def ours(name: str, workload: Workload, steps: int, folder: Path, *more: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "rollcast", "train", f"benchmarks/{workload.config}", "--run", name]
-    command += ["--run.dir", str(folder), "--run.steps", str(steps), "--model.path", str(folder / "model")]
+    command += ["--run.dir", str(folder), "--run.steps", str(steps), "--model.path", str(folder / "model"), *more]
     if workload.environment:
         command += ["--env.0.kwargs.questions", str(folder / "questions.jsonl")]
 
@@ -234,11 +234,11 @@ def _set(path: Path, key: str, value: object) -> None:
     path.write_text(json.dumps({**content, key: value}), encoding="utf-8")
 
 
-def ratios(pairs: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """Of every pair rollcast's figure over the peer's: the median, and all of them."""
+def ratios(pairs: list[dict[str, Any]], over: str, under: str) -> dict[str, Any]:
+    """Of every pair the one side's figure over the other's: the median, and all of them."""
     found = {}
     for key in ("samples_per_s", "tokens_per_s", "cpu_seconds_per_sample", "peak_gib"):
-        of_pairs = [pair["rollcast"][key] / pair[name][key] for pair in pairs]
+        of_pairs = [pair[over][key] / pair[under][key] for pair in pairs]
         found[key] = {"median": statistics.median(of_pairs), "pairs": of_pairs}
     return found
 
@@ -273,7 +273,7 @@ def main() -> None:
             "command": command,
             "date": date,
             "machine": f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, no GPU",
-            "ratios": {name: ratios(pairs, name) for name in workload.peers},
+            "ratios": {name: ratios(pairs, "rollcast", name) for name in workload.peers},
             "pairs": pairs,
         }
         print(json.dumps(pair | {"ratios": result["ratios"]}, indent=1), flush=True)
