@@ -2,10 +2,10 @@
 
     python benchmarks/asynchrony.py --pairs 3 [--workloads lognormal multiturn] [--write]
 
-The two workloads are those of `end_to_end.py` in which somebody waits: answers of very unequal length, and an environment
-that takes 100 ms a step. Both sides are rollcast with everything else equal; a run is timed from the end of its first
-steps. Beside the speed stand the share of the time that learner and engine were busy, the age of the samples, and what
-the samples of the window were worth.
+The two workloads are those of `end_to_end.py` in which somebody waits: for answers of very unequal length, and for an
+environment that takes 100 ms a step. Both sides are rollcast with all else equal; a run is timed from the end of its
+first steps. Beside the speed stand the share of the time that learner and engine were busy, the age of the samples, and
+what the samples of the window were worth.
 """
 
 import argparse

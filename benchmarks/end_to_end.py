@@ -61,24 +61,23 @@ class Workload:
     samples: int = 64
     endless: bool = False
     """Whether no answer may end before its last token: both sides load a copy of the model that never ends one."""
+    small: bool = False
+    """Whether both sides load random weights of a small shape, so that waiting weighs more than computing."""
     environment: bool = False
     """Whether the questions are an argument of rollcast's environment too."""
 
 
 GRPO = ("trl_grpo.py",)
+MULTITURN = {
+    f"trl_grpo_{how}": (*GRPO, "--turns", "4", "--tokens", "16", "--group", "4", "--environments", how)
+    for how in ("in-turn", "at-once")
+}
 WORKLOADS = {
     "natural": Workload("peer.toml", {"trl_grpo": GRPO}),
     "fixed": Workload("fixed.toml", {"trl_grpo": GRPO}, endless=True),
     "lognormal": Workload("lognormal.toml", {"trl_grpo": (*GRPO, "--tokens", "128", "--microbatch", "32")}),
-    "multiturn": Workload(
-        "multiturn.toml",
-        {
-            f"trl_grpo_{how}": (*GRPO, "--turns", "4", "--tokens", "16", "--group", "4", "--environments", how)
-            for how in ("in-turn", "at-once")
-        },
-        samples=32,
-        environment=True,
-    ),
+    "multiturn": Workload("multiturn.toml", MULTITURN, samples=32, environment=True),
+    "multiturn_small": Workload("multiturn.toml", MULTITURN, samples=32, small=True, environment=True),
     "rloo": Workload("rloo.toml", {"trl_rloo": (*GRPO, "--algorithm", "rloo")}, endless=True),
     "ppo": Workload("ppo.toml", {"trl_ppo": ("trl_ppo.py", "--microbatch", "32")}, endless=True),
 }
@@ -210,12 +209,27 @@ def prepare(workload: Workload, folder: Path) -> None:
             (model / file.name).symlink_to(file.resolve())
         else:
             shutil.copy(file, model / file.name)
+    if workload.small:
+        write_small_weights(model)
     if workload.endless:
         never = json.loads((MODEL / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
         number = next(token["id"] for token in never if token["content"] == NEVER_SAMPLED)
         _set(model / "tokenizer_config.json", "eos_token", NEVER_SAMPLED)
         _set(model / "config.json", "eos_token_id", number)
         _set(model / "generation_config.json", "eos_token_id", number)
+
+
+def write_small_weights(model: Path) -> None:
+    """20 million random weights in place of the 135 million: 8 layers x 256, and the same vocabulary."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "head_dim": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    (model / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(MODEL, **sizes, **heads)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(model)
 
 
 def write_questions(path: Path) -> None:

@@ -21,6 +21,7 @@ END_TO_END = {
     "fixed": ".venv-trl",
     "lognormal": ".venv-trl",
     "multiturn": ".venv-trl",
+    "multiturn_small": ".venv-trl",
     "rloo": ".venv-trl",
     "ppo": ".venv-trl-ppo",
 }
