@@ -72,6 +72,7 @@ MULTITURN = {
     f"trl_grpo_{how}": (*GRPO, "--turns", "4", "--tokens", "16", "--group", "4", "--environments", how)
     for how in ("in-turn", "at-once")
 }
+PPO = {"trl_ppo": ("trl_ppo.py", "--microbatch", "32")}
 WORKLOADS = {
     "natural": Workload("peer.toml", {"trl_grpo": GRPO}),
     "fixed": Workload("fixed.toml", {"trl_grpo": GRPO}, endless=True),
@@ -79,7 +80,8 @@ WORKLOADS = {
     "multiturn": Workload("multiturn.toml", MULTITURN, samples=32, environment=True),
     "multiturn_small": Workload("multiturn.toml", MULTITURN, samples=32, small=True, environment=True),
     "rloo": Workload("rloo.toml", {"trl_rloo": (*GRPO, "--algorithm", "rloo")}, endless=True),
-    "ppo": Workload("ppo.toml", {"trl_ppo": ("trl_ppo.py", "--microbatch", "32")}, endless=True),
+    "ppo": Workload("ppo.toml", PPO, endless=True),
+    "ppo_small": Workload("ppo.toml", PPO, endless=True, small=True),
 }
 
 

@@ -24,6 +24,7 @@ END_TO_END = {
     "multiturn_small": ".venv-trl",
     "rloo": ".venv-trl",
     "ppo": ".venv-trl-ppo",
+    "ppo_small": ".venv-trl-ppo",
 }
 """Workload -> the environment its peer runs in."""
 
