@@ -96,7 +96,7 @@ class Turns:
 def finish(name: str, figures: dict[str, Any], write: bool) -> None:
     """Prints the figures, and with `write` keeps them in benchmarks/results/."""
     text = json.dumps(figures, indent=2)
-    print(text)
+    print(text, flush=True)
     if write:
         target = ROOT / "benchmarks" / "results" / f"{name}-{time.strftime('%Y-%m-%d')}.json"
         target.write_text(text + "\n", encoding="utf-8")

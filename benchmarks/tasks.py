@@ -9,7 +9,6 @@ row already is not made again.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ from typing import Any
 
 import gymnasium
 import psutil
+from measuring import finish
 
 import rollcast_envs  # noqa: F401  (registers the environments)
 from rollcast import metrics
@@ -182,10 +182,7 @@ def main() -> None:
             "machine": f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, no GPU",
             **run_task(task, arguments.seeds),
         }
-        print(json.dumps(result, indent=2), flush=True)
-        if arguments.write:
-            target = ROOT / "benchmarks" / "results" / f"tasks-{task}-{result['date']}.json"
-            target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        finish(f"tasks-{task}", result, arguments.write)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ policy, which the C library writes past the cache; `tensor_copies` are the polic
 
 import argparse
 import asyncio
-import json
 import os
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import finish
 
 from rollcast_learners.arena import Arena, examine, one_thread_each, open_tensors, policy_specs, validate
 from rollcast_learners.types import Sampling, Weights
@@ -35,7 +35,6 @@ SMOLLM2 = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
-RESULTS = Path(__file__).resolve().parent / "results"
 LAYER_BYTES = 2 * (576 * 576 * 2 + 576 * 192 * 2 + 576 * 1536 * 3 + 576 * 2)
 EMBEDDING_BYTES = 2 * 49152 * 576
 
@@ -49,11 +48,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rollcast-bench-") as folder:
         figures = measure(Path(folder), options.gb, options.rounds, not options.no_engine)
-    date = time.strftime("%Y-%m-%d")
-    text = json.dumps({"date": date, "command": " ".join(["python", *sys.argv]), **figures}, indent=2)
-    print(text)
-    if options.write:
-        (RESULTS / f"weights-{date}.json").write_text(text + "\n", encoding="utf-8")
+    told = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(["python", *sys.argv])}
+    finish("weights", told | figures, options.write)
 
 
 def measure(folder: Path, gigabytes: float, rounds: int, with_engine: bool) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rollcast_learners.advantages import moments
 from rollcast_learners.losses import LOG_RATIO_LIMIT, answers_of
 
 Correction = Literal["none", "decoupled", "token_tis", "sequence_tis", "token_mask", "sequence_mask"]
@@ -54,15 +53,10 @@ def weights(
     return _RULES[kind](gap_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp(), low, high)
 
 
-def effective_moments(weights_T: Tensor, mask_T: Tensor) -> Tensor:
-    """Count, sum and sum of squares of the unmasked weights, float64: add over learners, then `effective_share`."""
-    return moments(weights_T, mask_T)
-
-
 def effective_share(moments_3: Iterable[Tensor | float]) -> float:
     """Effective sample size over the number of tokens, `(sum w)^2 / (n sum w^2)` (Kong 1992): 1 where all weigh alike.
 
-    0 where nothing weighs anything.
+    From the `advantages.moments` of the unmasked weights, added over learners. 0 where nothing weighs anything.
     """
     count, total, squares = (float(moment) for moment in moments_3)
     return total**2 / (count * squares) if count and squares else 0.0

@@ -100,7 +100,7 @@ class Scorer:
             weights_N=_product(corrected, self.loss_weights(batch)),
             reference=reference,
             outputs=outputs,
-            effective_3=None if corrected is None else correction.effective_moments(corrected, mask_N),
+            effective_3=None if corrected is None else moments(corrected, mask_N),
         )
 
     def parts(self, batch: Batch) -> Iterator[Part]:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from rollcast_learners.correction import effective_moments, effective_share, weights
+from rollcast_learners.advantages import moments
+from rollcast_learners.correction import effective_share, weights
 
 KINDS = ("decoupled", "token_tis", "sequence_tis", "token_mask", "sequence_mask")
 
@@ -72,9 +73,9 @@ def test_an_unknown_correction_names_the_known_ones() -> None:
 
 def test_the_effective_share_is_one_for_equal_weights_and_adds_up_over_learners() -> None:
     ones, mask = torch.ones(8), torch.ones(8, dtype=torch.bool)
-    assert effective_share(effective_moments(3 * ones, mask)) == pytest.approx(1.0)
-    assert effective_share(effective_moments(0 * ones, mask)) == 0.0
+    assert effective_share(moments(3 * ones, mask)) == pytest.approx(1.0)
+    assert effective_share(moments(0 * ones, mask)) == 0.0
     uneven = torch.arange(8.0)
-    halves = effective_moments(uneven[:3], mask[:3]) + effective_moments(uneven[3:], mask[3:])
+    halves = moments(uneven[:3], mask[:3]) + moments(uneven[3:], mask[3:])
     assert effective_share(halves) == pytest.approx(28**2 / (8 * 140))
-    assert effective_share(effective_moments(uneven, uneven == 7)) == pytest.approx(1.0)
+    assert effective_share(moments(uneven, uneven == 7)) == pytest.approx(1.0)

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,10 @@ import torch
 from ray import cloudpickle
 from ray.rllib.core import DEFAULT_MODULE_ID
 
-from rollcast_learners.arena import NonFiniteWeights, open_tensors
-from rollcast_learners.batch import Batch, collate, nbytes
-from rollcast_learners.learner import PolicyLearner, StepResult, one_learner
+from learner_groups import assert_equal, batch_of, one_group, published
+from rollcast_learners.arena import NonFiniteWeights
+from rollcast_learners.batch import collate, nbytes
+from rollcast_learners.learner import PolicyLearner, one_learner
 from rollcast_learners.optimizer import Reduce
 from rollcast_learners.policy import Policy, PolicySettings
 from rollcast_learners.rllib import (
@@ -31,8 +31,7 @@ from rollcast_learners.rllib import (
     wrap,
 )
 from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
-from rollcast_learners.types import Weights
-from trajectories import answer, random_episodes
+from trajectories import answer
 
 # What learner processes are asked to run below is sent as code: they cannot import this file.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -48,15 +47,6 @@ def make_spec(
     policy = PolicySettings(folder, dtype, learner.critic)
     others = kl or KLSettings(), CorrectionSettings(correction=correction)
     return LearnerSpec(policy, learner, *others, temperature=0.9, total_steps=20, answer_tokens=6, seed=3)
-
-
-def batch_of(seed: int, groups: int = 5) -> Batch:
-    return collate(random_episodes(seed, groups=groups, samples=3), "bootstrap")
-
-
-def one_group(seed: int) -> Batch:
-    """Of two learners, one gets nothing."""
-    return batch_of(seed, groups=1)
 
 
 def alone(spec: LearnerSpec, reduce: Reduce = one_learner) -> PolicyLearner:
@@ -91,19 +81,6 @@ def tensors_of(learner: LMLearner) -> dict[str, np.ndarray]:
 
 def gradients_of(learner: LMLearner) -> list[np.ndarray]:
     return [grad.numpy() for grad in learner.core.optimizer.grads]
-
-
-def published(learners: Learners, folder: Path, version: int) -> dict[str, torch.Tensor]:
-    segments, manifest = learners.publish(version, str(folder), [])
-    weights = Weights("full", version, manifest, segments, "here", str(folder))
-    return {name: tensor.clone() for name, tensor in open_tensors(weights, folder).items()}
-
-
-def assert_equal(result: StepResult, other: StepResult) -> None:
-    assert result.diverged == other.diverged
-    assert result.metrics.keys() == other.metrics.keys()
-    for name, value in other.metrics.items():
-        assert result.metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
 
 
 @pytest.fixture

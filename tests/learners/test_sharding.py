@@ -11,8 +11,8 @@ import pytest
 import torch
 from ray import cloudpickle
 
+from learner_groups import assert_equal, batch_of, one_group, published
 from rollcast_learners import sharding, state
-from rollcast_learners.arena import open_tensors
 from rollcast_learners.batch import Batch, collate
 from rollcast_learners.learner import PolicyLearner, StepResult, one_learner
 from rollcast_learners.optimizer import MasterAdamW, Reduce
@@ -20,7 +20,6 @@ from rollcast_learners.policy import Policy, PolicySettings
 from rollcast_learners.rllib import Learners, LearnerSpec, LMLearner, _publish
 from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings, LoraSettings
 from rollcast_learners.supervised import SupervisedLearner
-from rollcast_learners.types import Weights
 from tiny_model import write_tiny_model
 from trajectories import random_episodes
 
@@ -64,15 +63,6 @@ def make_spec(
     others = kl or KLSettings(), CorrectionSettings(correction=correction)
     run = {"temperature": 0.9, "total_steps": 20, "answer_tokens": 6, "seed": 3, "supervised": supervised}
     return LearnerSpec(policy, learner, *others, **run)
-
-
-def batch_of(seed: int, groups: int = 5) -> Batch:
-    return collate(random_episodes(seed, groups=groups, samples=3), "bootstrap")
-
-
-def one_group(seed: int) -> Batch:
-    """Of two learners, one gets nothing."""
-    return batch_of(seed, groups=1)
 
 
 def one_large_group(seed: int) -> Batch:
@@ -134,19 +124,6 @@ def optimizer_bytes(optimizer: MasterAdamW) -> int:
 
 def policy_bytes(policy: Policy) -> int:
     return sum(sharding.local(p).nbytes for p in policy.parameters())
-
-
-def published(learners: Learners, folder: Path, version: int) -> dict[str, torch.Tensor]:
-    segments, manifest = learners.publish(version, str(folder), [])
-    weights = Weights("full", version, manifest, segments, "here", str(folder))
-    return {name: tensor.clone() for name, tensor in open_tensors(weights, folder).items()}
-
-
-def assert_equal(result: StepResult, other: StepResult) -> None:
-    assert result.diverged == other.diverged
-    assert result.metrics.keys() == other.metrics.keys()
-    for name, value in other.metrics.items():
-        assert result.metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
 
 
 def assert_close(ours: np.ndarray, theirs: np.ndarray, tolerance: float, name: str, smallest: float = 1e-3) -> None:
