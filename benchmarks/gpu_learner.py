@@ -333,7 +333,9 @@ class Bench:
                 "supervised": lambda batch=batch: supervised.step(batch),
             }
             if self.options.compile:
-                sides["rl_compiled"] = with_compiled_layers(learner.policy, sides["rl"])
+                compiled = sides["rl"]
+                sides = {name: as_written(learner.policy, side) for name, side in sides.items()}
+                sides["rl_compiled"] = compiled
             row: dict[str, Any] = self.take_turns(sides)
             for side in row.values():
                 side |= speed(side, batch.tokens, step_flops(shape, learner.policy, batch, lengths))
@@ -350,7 +352,7 @@ class Bench:
         from rollcast_learners.supervised import SupervisedLearner
 
         gc.collect()  # What an earlier learner held; the allocator gives it back where it is needed.
-        policy = self.policy(folder, "bfloat16", activation_checkpointing=checkpointing)
+        policy = self.policy(folder, "bfloat16", activation_checkpointing=checkpointing, compile=self.options.compile)
         settings = LearnerSettings(microbatch_tokens=self.sizes.sequence)
         made = [
             kind(policy, settings, KLSettings(), temperature=1.0, total_steps=1000)
@@ -362,7 +364,7 @@ class Bench:
     def policy(self, folder: str, dtype: str, **settings: Any) -> Any:
         from rollcast_learners.policy import Policy, PolicySettings
 
-        return Policy(PolicySettings(folder, dtype, head=self.head_backend, **settings)).to(self.device)  # type: ignore[arg-type]
+        return Policy(PolicySettings(folder, dtype, head=self.head_backend, **settings)).to(self.device)
 
     @property
     def head_backend(self) -> Any:
@@ -391,9 +393,8 @@ class Bench:
     def packing(self, folder: str) -> dict[str, Any]:
         """The same samples padded to the longest, packed, and packed with each prompt once."""
         learner, _ = self.learners(folder)
-        forms = self.forms(self.sizes.answers[0])
-        useful = sum(len(item.streams[0].token_ids_T) for item in forms["packed"])
-        batches = {name: collated([items]) for name, items in forms.items()}
+        batches = self.forms(self.sizes.answers[0])
+        useful = batches["packed"].tokens
         row: dict[str, Any] = self.take_turns(
             {name: lambda batch=batch: learner.step(batch) for name, batch in batches.items()}
         )
@@ -403,25 +404,28 @@ class Bench:
         row |= ratio("shared_over_padded", row["padded"], row["shared"])
         return row | {"useful_tokens": useful, "agreement": self.agreement(learner.policy)}
 
-    def forms(self, count: int) -> dict[str, list[Any]]:
-        """Answers of log-normal length. Padding is tokens after the answer that nobody trains on."""
+    def forms(self, count: int) -> dict[str, Any]:
+        """The same answers, of log-normal length, as three batches."""
+        from rollcast_learners.batch import collate
+
         _, group, longest = self.sizes.answers
         drawn = np.random.default_rng(0).lognormal(np.log(longest / 8), 0.8, count)
         lengths = np.clip(np.round(drawn), 2, longest).astype(int).tolist()
-        shared = [
+        items = [
             item
             for first in range(0, count, group)
             for item in self.samples(self.sizes.prompt, lengths[first : first + group], str(first))
         ]
-        alone = [replace(item, prompt=replace(item.prompt, group_id=str(n))) for n, item in enumerate(shared)]
-        return {"padded": [padded(item, self.sizes.prompt + max(lengths)) for item in alone], "packed": alone} | {
-            "shared": shared
-        }
+        alone = [collate([item]) for item in items]
+        longest = max(batch.tokens for batch in alone)
+        batches = {"padded": side_by_side(alone, longest), "packed": side_by_side(alone), "shared": collate(items)}
+        same = {"group_E": batches["shared"].group_E}
+        return {name: replace(batch, **same) for name, batch in batches.items()}
 
     def agreement(self, policy: Any) -> dict[str, float]:
         """Largest difference of a log-probability from the padded form, over the first samples."""
         with torch.no_grad():
-            found = {n: policy(collated([items])).logprobs_N for n, items in self.forms(self.sizes.answers[1]).items()}
+            found = {name: policy(batch).logprobs_N for name, batch in self.forms(self.sizes.answers[1]).items()}
         return {n: (found[n] - found["padded"]).abs().max().item() for n in ("packed", "shared")}
 
     # ---- inputs
@@ -457,30 +461,38 @@ def collated(groups: list[list[Any]]) -> Any:
     return collate([item for items in groups for item in items])
 
 
-def padded(item: Any, length: int) -> Any:
-    stream = item.streams[0]
-    more = length - len(stream.token_ids_T)
-    columns = (np.pad(column, (0, more)) for column in (stream.token_ids_T, stream.trained_T, stream.logprobs_T))
-    return replace(item, streams=(type(stream)(*columns, stream.spans),))
+def side_by_side(alone: list[Any], length: int = 0) -> Any:
+    """Batches of one episode each as one batch in which nothing is shared; each padded to `length` rows, if that is
+    more. Padding is rows of which nothing is asked."""
+    from rollcast_learners.batch import NO_ROW
+
+    rows = [max(batch.tokens, length) for batch in alone]
+    starts = (np.cumsum(rows) - rows).astype(np.int32)
+    fresh = [np.pad(batch.tokens_T, (0, count - batch.tokens)) for batch, count in zip(alone, rows, strict=True)]
+    columns = {
+        "tokens_T": np.concatenate(fresh),
+        "positions_T": np.concatenate([np.arange(count, dtype=np.int32) for count in rows]),
+        "segment_length_S": np.array(rows, np.int32),
+        "segment_above_S": np.full(len(alone), NO_ROW, np.int32),
+        "stream_segment_L": np.arange(len(alone), dtype=np.int32),
+        "stream_episode_L": np.arange(len(alone), dtype=np.int32),
+        "row_N": np.concatenate([batch.row_N + start for batch, start in zip(alone, starts, strict=True)]),
+        "bootstrap_row_E": np.full(len(alone), NO_ROW, np.int32),
+        "index_E": np.arange(len(alone), dtype=np.int32),
+        "episodes_total": len(alone),
+    }
+    others = ("target_N", "old_logprobs_N", "rewards_N", "loss_mask_N", "episode_length_E", "group_E")
+    columns |= {name: np.concatenate([getattr(batch, name) for batch in alone]) for name in others}
+    return replace(alone[0], **columns)
 
 
-def with_compiled_layers(policy: Any, step: Callable[[], Any]) -> Callable[[], Any]:
-    """The step with every layer compiled by itself; attention stays the call that it is."""
-    from transformers import AttentionInterface
-
-    from rollcast_learners import attention
-
-    apart = torch.compiler.disable(attention.packed_attention, recursive=False)
-    AttentionInterface.register(attention.NAME, apart)
-    trunk = policy.lm.base_model
-    plain, compiled = trunk.layers, torch.nn.ModuleList([torch.compile(layer) for layer in trunk.layers])
+def as_written(policy: Any, step: Callable[[], Any]) -> Callable[[], None]:
+    """The step of a policy with compiled layers, without compiling."""
+    from rollcast_learners.compiled import uncompiled
 
     def run() -> None:
-        trunk.layers = compiled
-        try:
+        with uncompiled(policy):
             step()
-        finally:
-            trunk.layers = plain
 
     return run
 

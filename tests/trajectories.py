@@ -167,12 +167,10 @@ def _contexts(batch: Batch) -> list[tuple[int, ...]]:
             contexts[row] = seen
         return seen
 
-    prefixes = [
-        add(int(start), int(length), ())
-        for start, length in zip(batch.prefix_start_P, batch.prefix_length_P, strict=True)
-    ]
-    for prefix, start, length in zip(batch.tail_prefix_S, batch.tail_start_S, batch.tail_length_S, strict=True):
-        add(int(start), int(length), prefixes[prefix])
+    after: list[tuple[int, ...]] = []
+    tables = (batch.segment_start_S, batch.segment_length_S, batch.segment_above_S)
+    for start, length, above in zip(*(table.tolist() for table in tables), strict=True):
+        after.append(add(start, length, () if above == NO_ROW else after[above]))
     assert sorted(contexts) == list(range(batch.tokens))
     return [contexts[row] for row in range(batch.tokens)]
 

@@ -2,9 +2,9 @@
 
 Owns: which packed rows see which, and in what form a device is told. Does not know the model around it or losses.
 
-Each prefix sees itself causally; each tail sees its prefix whole and itself causally. A prefix with a single tail is
-one plain causal sequence. Small families (a prefix and its tails) go through one masked call; large ones through one
-call a segment, so that no mask grows with the square of a family. Exact in all forms, and on a CPU that is all.
+A row sees the segments above its own and its own up to itself (`Batch.seen_until_T`). Rows are cut into runs of whole
+segments, each the queries of one masked call over itself and the segments above it: so no mask grows with the square of
+a batch. A run that is one sequence needs no mask. Exact in all forms, and on a CPU that is all.
 
 On a GPU those calls are too many, and a mask sends grouped heads to the kernel that keeps all scores: there a batch of
 more than one sequence goes through one call a layer (`attention_flex.py`), and a single sequence through one plain
@@ -13,8 +13,8 @@ causal call, which needs no mask. Works without FlashAttention.
 Legend: T packed rows, L rows of a query piece, K rows its keys come from, H heads, D head size.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -29,21 +29,19 @@ from rollcast_learners.batch import Batch
 from rollcast_learners.upload import upload
 
 NAME = "rollcast_packed"
-LARGEST_MASKED_FAMILY = 1024
 JOINED_ROWS = 256
-"""Small families share a call up to so many rows: on a CPU each call costs more than the scores it masks away."""
-Family = tuple[int, list[int]]
-"""Length of a prefix, and of each of its tails."""
+"""Segments share a call up to so many rows: on a CPU each call costs more than the scores it masks away."""
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Consecutive rows that are the queries of one attention call; `keys` are pieces, in order."""
+    """Consecutive rows that are the queries of one attention call."""
 
     length: int
-    keys: tuple[int, ...]
+    above: tuple[int, ...]
+    """Parts of the packing that they see besides themselves."""
     mask_LK: Tensor | None
-    """Added to the scores; None means plain causal over the piece itself."""
+    """Added to the scores, of those parts first; None means plain causal over the piece itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +49,8 @@ class Packing:
     """How one packed batch attends. Made once a micro-batch, read by every layer."""
 
     pieces: tuple[Piece, ...]
+    parts: tuple[int, ...] = ()
+    """Lengths of another division of the same rows: every segment that a piece sees from outside is one."""
 
     @property
     def lengths(self) -> list[int]:
@@ -59,72 +59,57 @@ class Packing:
 
 def packing_of(batch: Batch, dtype: torch.dtype, device: torch.device) -> Packing | BlockMask:
     """Turns the batch's tables into attention calls, in the form that suits the device."""
-    one_sequence = len(batch.prefix_length_P) == 1 and np.count_nonzero(batch.tail_length_S) <= 1
-    if device.type == "cuda" and not one_sequence:
+    if device.type == "cuda" and not _is_one_sequence(batch.seen_until_T):
         return attention_flex.block_mask(batch, device)
     return pieces_of(batch, dtype, device)
 
 
 def pieces_of(batch: Batch, dtype: torch.dtype, device: torch.device) -> Packing:
-    """One call a family, for a few small families together, or one a segment of a large one."""
-    pieces: list[Piece] = []
-    for families in _together(families_of(batch)):
-        rows = sum(_rows(family) for family in families)
-        prefix_length, lengths = families[0]
-        if len(families) == 1 and len(lengths) <= 1:
-            pieces.append(Piece(rows, (len(pieces),), None))
-        elif rows <= LARGEST_MASKED_FAMILY:
-            pieces.append(Piece(rows, (len(pieces),), additive(joined_mask(families), dtype, device)))
+    """One call for a few small segments together, or for one large one."""
+    seen_until_T = batch.seen_until_T
+    if _is_one_sequence(seen_until_T):
+        return Packing((Piece(batch.tokens, (), None),))
+    starts, lengths = batch.segment_start_S.tolist(), batch.segment_length_S.tolist()
+    rows_of = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+    runs = runs_of(lengths)
+    outside = [batch.above(first) for first, _ in runs]
+    edges = {starts[s] + further for s in chain(*outside) for further in (0, lengths[s])}
+    bounds = sorted({0, batch.tokens} | edges)
+    part_from = {start: part for part, start in enumerate(bounds)}
+    pieces = []
+    for (first, after), above in zip(runs, outside, strict=True):
+        own = np.concatenate(rows_of[first:after])
+        mask_LK = None
+        if above or seen_until_T[own].min() <= own[-1]:
+            seen = sees(seen_until_T, own, np.concatenate([*(rows_of[s] for s in above), own]))
+            mask_LK = additive(seen, dtype, device)
+        pieces.append(Piece(len(own), tuple(part_from[starts[s]] for s in above), mask_LK))
+    return Packing(tuple(pieces), tuple(np.diff(bounds).tolist()))
+
+
+def runs_of(lengths: list[int]) -> list[tuple[int, int]]:
+    """First segment of each run, and the one after its last: neighbours that fit into one call."""
+    runs: list[tuple[int, int]] = []
+    rows = 0
+    for segment, length in enumerate(lengths):
+        first = segment
+        rows += length
+        if runs and rows <= JOINED_ROWS:
+            first, _ = runs.pop()
         else:
-            pieces.extend(_large_family(len(pieces), prefix_length, lengths, dtype, device))
-    return Packing(tuple(pieces))
+            rows = length
+        runs.append((first, segment + 1))
+    return runs
 
 
-def families_of(batch: Batch) -> list[Family]:
-    """Length of each prefix, and those of its tails that have any."""
-    tails_of = np.split(
-        batch.tail_length_S, np.searchsorted(batch.tail_prefix_S, np.arange(1, len(batch.prefix_length_P)))
-    )
-    return [
-        (prefix_length, [int(n) for n in tail_lengths if n > 0])
-        for prefix_length, tail_lengths in zip(batch.prefix_length_P.tolist(), tails_of, strict=True)
-    ]
-
-
-def _together(families: list[Family]) -> Iterator[list[Family]]:
-    """Neighbours that fit into one call."""
-    joined: list[Family] = []
-    for family in families:
-        if joined and sum(map(_rows, joined)) + _rows(family) > min(JOINED_ROWS, LARGEST_MASKED_FAMILY):
-            yield joined
-            joined = []
-        joined.append(family)
-    if joined:
-        yield joined
-
-
-def _rows(family: Family) -> int:
-    return family[0] + sum(family[1])
-
-
-def joined_mask(families: list[Family]) -> NDArray[np.bool_]:
-    """Of families that lie one after the other, and see nothing of each other."""
-    rows = sum(map(_rows, families))
-    seen, start = np.zeros((rows, rows), np.bool_), 0
-    for family in families:
-        end = start + _rows(family)
-        seen[start:end, start:end] = family_mask(*family)
-        start = end
+def sees(seen_until_T: NDArray[np.int32], rows: NDArray[np.intp], others: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Which of `rows` sees which of `others`, (L, K)."""
+    seen: NDArray[np.bool_] = (others[None, :] <= rows[:, None]) & (rows[:, None] < seen_until_T[others][None, :])
     return seen
 
 
-def family_mask(prefix_length: int, tail_lengths: list[int]) -> NDArray[np.bool_]:
-    """Which row of a family sees which: `[prefix][tail][tail]...`, square."""
-    owner = np.repeat(np.arange(len(tail_lengths) + 1), [prefix_length, *tail_lengths])
-    rows = np.arange(len(owner))
-    same = owner[:, None] == owner[None, :]
-    mask: NDArray[np.bool_] = (same | (owner[None, :] == 0)) & (rows[:, None] >= rows[None, :])
-    return mask
+def _is_one_sequence(seen_until_T: NDArray[np.int32]) -> bool:
+    return bool((seen_until_T == len(seen_until_T)).all())
 
 
 def additive(seen: NDArray[np.bool_], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -132,16 +117,8 @@ def additive(seen: NDArray[np.bool_], dtype: torch.dtype, device: torch.device) 
     return zeros.masked_fill_(upload(~seen, device), float("-inf"))
 
 
-def _large_family(
-    first: int, prefix_length: int, tail_lengths: list[int], dtype: torch.dtype, device: torch.device
-) -> list[Piece]:
-    pieces = [Piece(prefix_length, (first,), None)]
-    for length in tail_lengths:
-        seen = np.tri(length, prefix_length + length, prefix_length, dtype=np.bool_)
-        pieces.append(Piece(length, (first, first + len(pieces)), additive(seen, dtype, device)))
-    return pieces
-
-
+# Compiled layers (`compiled.py`) call it as it is; what it calls may be compiled itself.
+@torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -158,11 +135,14 @@ def packed_attention(
     lengths = packing.lengths
     # Split and cat, not slices: the gradient of a slice is a zero tensor as large as the whole batch.
     queries, keys, values = (tensor.split_with_sizes(lengths, 2) for tensor in (query, key, value))
+    if packing.parts:
+        part_keys, part_values = (tensor.split_with_sizes(list(packing.parts), 2) for tensor in (key, value))
     shared = query.shape[1] != key.shape[1]
     outputs = []
-    for piece, q in zip(packing.pieces, queries, strict=True):
-        k = torch.cat([keys[i] for i in piece.keys], dim=2) if len(piece.keys) > 1 else keys[piece.keys[0]]
-        v = torch.cat([values[i] for i in piece.keys], dim=2) if len(piece.keys) > 1 else values[piece.keys[0]]
+    for piece, q, k, v in zip(packing.pieces, queries, keys, values, strict=True):
+        if piece.above:
+            k = torch.cat([*(part_keys[part] for part in piece.above), k], dim=2)
+            v = torch.cat([*(part_values[part] for part in piece.above), v], dim=2)
         outputs.append(
             scaled_dot_product_attention(
                 q, k, v, piece.mask_LK, is_causal=piece.mask_LK is None, scale=scaling, enable_gqa=shared

@@ -3,20 +3,19 @@
 Owns: the mask of a whole batch, as a rule for single rows and as a table of blocks. Does not know models or the other
 form (`attention.py`), which says the same in plain calls.
 
-A row sees two spans of rows: its prefix, and its own segment up to itself. From that follow the rule, three numbers a
-row, and the blocks: which are empty and are skipped, which are seen whole and need no rule. The table is made from the
-segments, not from a mask of T x T, which at 64k rows would be 4 GB.
+Row i sees row j where j <= i < seen_until[j], one number a row (`Batch.seen_until_T`). From its largest and smallest in
+each block follow the blocks that are empty and are skipped, and those that are seen whole and need no rule. The table
+is made from those, not from a mask of T x T, which at 64k rows would be 4 GB.
 
-Why flex and not `torch.nn.attention.varlen`: that one knows sequences, not prefixes shared by several tails, and those
+Why flex and not `torch.nn.attention.varlen`: that one knows sequences, not beginnings shared by several, and those
 are our ordinary batch; a batch that shares nothing is the same kernel with fewer blocks. It is compiled: uncompiled it
 keeps all scores, which is for tests only.
 
-Legend: T packed rows, S segments in packed order, Q blocks of rows, K blocks of seen rows, X parts (what a segment has
-in a block of rows), H heads, D head size.
+Legend: T packed rows, Q blocks of rows, K blocks of seen rows, H heads, D head size.
 """
 
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,73 +29,30 @@ BLOCK = 128
 """Rows and columns of a block: what the kernels are made for."""
 
 
-class Segments(NamedTuple):
-    """Prefixes and tails of a batch in packed order, without those that have no rows."""
-
-    start_S: NDArray[np.int64]
-    length_S: NDArray[np.int64]
-    prefix_start_S: NDArray[np.int64]
-    prefix_stop_S: NDArray[np.int64]
-    """Of the rows before the segment that all of it sees; equal to the start where there are none."""
-
-
-def segments_of(batch: Batch) -> Segments:
-    """The batch's tables, put side by side."""
-    of_tail = batch.tail_prefix_S
-    nothing_P = np.zeros(len(batch.prefix_start_P), np.int64)
-    table = np.stack(
-        [
-            np.concatenate([batch.prefix_start_P, batch.tail_start_S]),
-            np.concatenate([batch.prefix_length_P, batch.tail_length_S]),
-            np.concatenate([nothing_P, batch.prefix_start_P[of_tail]]),
-            np.concatenate([nothing_P, (batch.prefix_start_P + batch.prefix_length_P)[of_tail]]),
-        ]
-    ).astype(np.int64)
-    table = table[:, table[1] > 0]
-    return Segments(*table[:, np.argsort(table[0])])
-
-
 def block_mask(batch: Batch, device: torch.device) -> BlockMask:
     """What `attend` needs to know of a batch. Made once a micro-batch, read by every layer."""
-    segments = segments_of(batch)
-    start_T, prefix_start_T, prefix_stop_T = (
-        torch.from_numpy(np.repeat(column_S, segments.length_S).astype(np.int32)).to(device)
-        for column_S in (segments.start_S, segments.prefix_start_S, segments.prefix_stop_S)
-    )
+    seen_until = batch.seen_until_T
+    seen_until_T = torch.from_numpy(seen_until).to(device)
 
     def sees(_batch: Tensor, _head: Tensor, row: Tensor, other: Tensor) -> Tensor:
-        own = (other >= start_T[row]) & (other <= row)
-        return own | ((other >= prefix_start_T[row]) & (other < prefix_stop_T[row]))
+        return (other <= row) & (row < seen_until_T[other])
 
-    partial_QK, whole_QK = blocks_of(segments)
+    partial_QK, whole_QK = blocks_of(seen_until)
     tables = (*_listed(partial_QK, device), *_listed(whole_QK, device))
     return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(batch.tokens, batch.tokens))
 
 
-def blocks_of(segments: Segments) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which blocks are seen in part, and which as a whole."""
-    start_S, length_S, prefix_start_S, prefix_stop_S = segments
-    rows = int(length_S.sum())
-    # Within a part all rows see the same prefix, and of their segment each as far as itself.
-    first_X = np.union1d(start_S, np.arange(0, rows, BLOCK))
-    last_X = np.append(first_X[1:], rows) - 1
-    of_X = np.searchsorted(start_S, first_X, side="right") - 1
-    prefix_XK = _overlap(prefix_start_S[of_X], prefix_stop_S[of_X], rows)
-    most_XK = prefix_XK + _overlap(start_S[of_X], last_X + 1, rows)
-    least_XK = prefix_XK + _overlap(start_S[of_X], first_X + 1, rows)
-    parts_Q = np.searchsorted(first_X, np.arange(0, rows, BLOCK))
-    some_QK = np.logical_or.reduceat(most_XK > 0, parts_Q)
-    whole_QK = np.logical_and.reduceat(least_XK == BLOCK, parts_Q)
+def blocks_of(seen_until_T: NDArray[np.int32]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which blocks are seen in part, and which as a whole; (Q, K) both."""
+    rows = len(seen_until_T)
+    first_K = np.arange(0, rows, BLOCK)
+    last_K = np.minimum(first_K + BLOCK, rows) - 1
+    most_K, least_K = np.maximum.reduceat(seen_until_T, first_K), np.minimum.reduceat(seen_until_T, first_K)
+    before_QK = first_K[None, :] < first_K[:, None]
+    some_QK = before_QK & (most_K[None, :] > first_K[:, None]) | np.eye(len(first_K), dtype=np.bool_)
+    whole_QK = before_QK & (least_K[None, :] > last_K[:, None])
     whole_QK[rows // BLOCK :] = False  # The last block of rows, where it is incomplete.
     return some_QK & ~whole_QK, whole_QK
-
-
-def _overlap(from_X: NDArray[np.int64], to_X: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
-    """How many rows of each block lie in the spans [from, to)."""
-    begin_K = np.arange(0, rows, BLOCK)
-    ends_XK, begins_XK = np.minimum(to_X[:, None], begin_K + BLOCK), np.maximum(from_X[:, None], begin_K)
-    common_XK: NDArray[np.int64] = np.maximum(ends_XK - begins_XK, 0)
-    return common_XK
 
 
 def _listed(blocks_QK: NDArray[np.bool_], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,14 @@
 
 Owns: the packed layout. Does not know torch, losses or advantages.
 
-Layout. The samples of one question begin with the same tokens, so a batch holds each such *prefix* once,
-followed by the *tails* that continue it: `[prefix][tail][tail]...[prefix][tail]...`. A tail attends to its
-prefix and to itself, which gives the same numbers as one full sequence a sample, for a fraction of the tokens
-(Prefix Grouper, arXiv 2506.05433). No padding anywhere.
+Layout. What a model computes for a token depends on the tokens before it alone, so whatever several samples begin with
+is held once: the system prompt of all questions, the question of its answers, and the words that answers begin with in
+common. A batch is the prefix tree of its samples, *segment* by segment, each followed by those that continue it. A row
+attends to the segments above its own and to its own up to itself, which gives the same numbers as one full sequence a
+sample, for a fraction of the rows (one level of it: Prefix Grouper, arXiv 2506.05433). No padding anywhere.
 
-Legend: E episodes, P prefixes, S tails, T packed tokens, N trained tokens (sampled by the policy, in
-episode order).
+Legend: E episodes, L streams that are trained on, S segments, T packed rows, N trained tokens (sampled by the policy,
+in episode order).
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rollcast_learners.prefix_tree import NO_SEGMENT, PrefixTree
 from rollcast_learners.types import Stream, Trajectory
 
 OnLength = Literal["zero", "bootstrap", "mask"]
@@ -30,13 +32,13 @@ class Batch:
 
     tokens_T: NDArray[np.int32]
     positions_T: NDArray[np.int32]
-    prefix_start_P: NDArray[np.int32]
-    prefix_length_P: NDArray[np.int32]
-    tail_prefix_S: NDArray[np.int32]
-    tail_start_S: NDArray[np.int32]
-    tail_length_S: NDArray[np.int32]
-    """May be 0: a sample's last token is only a target, so a one-token answer needs no row of its own."""
-    tail_episode_S: NDArray[np.int32]
+    segment_length_S: NDArray[np.int32]
+    """Rows of each segment; segments lie one after the other, each at once followed by all below it."""
+    segment_above_S: NDArray[np.int32]
+    """The segment that it continues, or `NO_ROW`."""
+    stream_segment_L: NDArray[np.int32]
+    """The last segment of each stream. Its last row predicts the last token, which needs no row of its own."""
+    stream_episode_L: NDArray[np.int32]
     target_N: NDArray[np.int32]
     row_N: NDArray[np.int32]
     """The packed row whose hidden state predicts `target_N`."""
@@ -80,25 +82,40 @@ class Batch:
         stops = np.cumsum(self.episode_length_E)
         return _concatenate_ranges(stops[episodes] - self.episode_length_E[episodes], self.episode_length_E[episodes])
 
+    @property
+    def segment_start_S(self) -> NDArray[np.int32]:
+        """The first row of each segment."""
+        starts: NDArray[np.int32] = (np.cumsum(self.segment_length_S) - self.segment_length_S).astype(np.int32)
+        return starts
+
+    @property
+    def seen_until_T(self) -> NDArray[np.int32]:
+        """Says of every two rows whether one sees the other: row i sees row j where j <= i < seen_until_T[j].
+
+        It is where the segments below the row's own end.
+        """
+        stops = (self.segment_start_S + self.segment_length_S).tolist()
+        above = self.segment_above_S.tolist()
+        for segment in range(len(stops) - 1, -1, -1):
+            if above[segment] != NO_ROW:
+                stops[above[segment]] = max(stops[above[segment]], stops[segment])
+        return np.repeat(np.array(stops, np.int32), self.segment_length_S)
+
     def select(self, episodes: NDArray[np.intp]) -> "Batch":
         """The batch of these episodes alone (ascending indices), packed afresh."""
-        tails = np.flatnonzero(np.isin(self.tail_episode_S, episodes))
-        prefixes = np.unique(self.tail_prefix_S[tails])
-        starts, lengths = self._segments(prefixes, tails)
-        rows = _concatenate_ranges(starts, lengths)
-        new_row_T = np.full(self.tokens + 1, NO_ROW, np.int32)  # The spare last slot maps NO_ROW to itself.
-        new_row_T[rows] = np.arange(len(rows), dtype=np.int32)
-        new_prefix = np.searchsorted(prefixes, self.tail_prefix_S[tails]).astype(np.int32)
+        streams = np.flatnonzero(np.isin(self.stream_episode_L, episodes))
+        segments = self._with_those_above(self.stream_segment_L[streams])
+        rows = _concatenate_ranges(self.segment_start_S[segments], self.segment_length_S[segments])
+        new_row_T = _new_numbers(rows, self.tokens)
+        new_segment_S = _new_numbers(segments, len(self.segment_length_S))
         trained = self.trained_of(episodes)
         return Batch(
             tokens_T=self.tokens_T[rows],
             positions_T=self.positions_T[rows],
-            prefix_start_P=new_row_T[self.prefix_start_P[prefixes]],
-            prefix_length_P=self.prefix_length_P[prefixes],
-            tail_prefix_S=new_prefix,
-            tail_start_S=_tail_starts(self.prefix_length_P[prefixes], new_prefix, self.tail_length_S[tails]),
-            tail_length_S=self.tail_length_S[tails],
-            tail_episode_S=np.searchsorted(episodes, self.tail_episode_S[tails]).astype(np.int32),
+            segment_length_S=self.segment_length_S[segments],
+            segment_above_S=new_segment_S[self.segment_above_S[segments]],
+            stream_segment_L=new_segment_S[self.stream_segment_L[streams]],
+            stream_episode_L=np.searchsorted(episodes, self.stream_episode_L[streams]).astype(np.int32),
             target_N=self.target_N[trained],
             row_N=new_row_T[self.row_N[trained]],
             old_logprobs_N=self.old_logprobs_N[trained],
@@ -114,28 +131,28 @@ class Batch:
     def with_a_row(self) -> "Batch":
         """Of a batch without rows, one that can pass through a model: a single row, of which nothing is asked."""
         zero, one = np.zeros(1, np.int32), np.ones(1, np.int32)
-        return replace(self, tokens_T=zero, positions_T=zero, prefix_start_P=zero, prefix_length_P=one)
+        above = np.full(1, NO_ROW, np.int32)
+        return replace(self, tokens_T=zero, positions_T=zero, segment_length_S=one, segment_above_S=above)
 
-    def _segments(
-        self, prefixes: NDArray[np.integer], tails: NDArray[np.intp]
-    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Starts and lengths of the given segments in packed order: each prefix before its tails."""
-        starts = np.concatenate([self.prefix_start_P[prefixes], self.tail_start_S[tails]])
-        lengths = np.concatenate([self.prefix_length_P[prefixes], self.tail_length_S[tails]])
-        owner = np.concatenate([prefixes, self.tail_prefix_S[tails]])
-        order = np.argsort(owner, kind="stable")
-        return starts[order], lengths[order]
+    def _with_those_above(self, segments: NDArray[np.int32]) -> NDArray[np.intp]:
+        """These segments and all that they continue, in packed order."""
+        kept_S = np.zeros(len(self.segment_length_S), np.bool_)
+        while len(segments):
+            kept_S[segments] = True
+            segments = np.unique(self.segment_above_S[segments])
+            segments = segments[segments != NO_ROW]
+        return np.flatnonzero(kept_S)
 
     def shares(self, count: int) -> list["Batch"]:
         """One share a learner, balanced by packed rows; groups stay whole, to be normalised locally.
 
         A share is empty only if there are fewer groups than learners.
         """
-        rows_E = np.bincount(self.tail_episode_S, self.tail_length_S, self.episodes).astype(np.int64)
-        first_tails = np.unique(self.tail_prefix_S, return_index=True)[1]
-        rows_E += np.bincount(self.tail_episode_S[first_tails], self.prefix_length_P, self.episodes).astype(np.int64)
         groups, group_of_E = np.unique(self.group_E, return_inverse=True)
-        rows_G = np.bincount(group_of_E, rows_E, len(groups))
+        rows_G = np.zeros(len(groups), np.int64)
+        paths = zip(group_of_E[self.stream_episode_L].tolist(), self._paths(), strict=True)
+        for group, segment in {(group, segment) for group, path in paths for segment in path}:
+            rows_G[group] += self.segment_length_S[segment]
         loads, owner_G = np.zeros(count), np.zeros(len(groups), np.int64)
         for group in np.argsort(-rows_G, kind="stable"):
             owner_G[group] = np.argmin(loads)
@@ -145,48 +162,59 @@ class Batch:
     def microbatches(self, token_budget: int) -> list[NDArray[np.intp]]:
         """Episode indices of parts of at most `token_budget` packed rows (one episode alone may exceed it).
 
-        Walks the episodes in packed order, so that those sharing a prefix stay together.
+        Walks the episodes in packed order, so that those that begin alike stay together.
         """
+        lengths = self.segment_length_S.tolist()
         parts: list[list[int]] = []
-        budget, current = 0, set[int]()
-        for episode, prefixes, tail_tokens in self._episode_costs():
-            new = tail_tokens + sum(int(self.prefix_length_P[p]) for p in prefixes if p not in current)
-            if not parts or budget + new > token_budget:
+        held, rows = set[int](), 0
+        for episode, segments in self._segments_of_episodes().items():
+            new = sum(lengths[segment] for segment in segments - held)
+            if not parts or rows + new > token_budget:
                 parts.append([])
-                budget, current = 0, set()
-                new = tail_tokens + sum(int(self.prefix_length_P[p]) for p in prefixes)
+                held, rows, new = set(), 0, sum(lengths[segment] for segment in segments)
             parts[-1].append(episode)
-            budget += new
-            current.update(prefixes)
+            held |= segments
+            rows += new
         return [np.sort(np.array(part, np.intp)) for part in parts]
 
-    def _episode_costs(self) -> list[tuple[int, set[int], int]]:
-        costs: dict[int, tuple[set[int], int]] = {}
-        for prefix, episode, length in zip(
-            self.tail_prefix_S.tolist(),
-            self.tail_episode_S.tolist(),
-            self.tail_length_S.tolist(),
-            strict=True,
-        ):
-            prefixes, tokens = costs.get(episode, (set(), 0))
-            costs[episode] = (prefixes | {prefix}, tokens + length)
-        return [(episode, prefixes, tokens) for episode, (prefixes, tokens) in costs.items()]
+    def _segments_of_episodes(self) -> dict[int, set[int]]:
+        """In packed order."""
+        found: dict[int, set[int]] = {}
+        paths, episodes = self._paths(), self.stream_episode_L.tolist()
+        for stream in np.argsort(self.stream_segment_L, kind="stable").tolist():
+            found.setdefault(episodes[stream], set()).update(paths[stream])
+        return found
+
+    def _paths(self) -> list[list[int]]:
+        """Of each stream, all its segments."""
+        return [[*self.above(segment), segment] for segment in self.stream_segment_L.tolist()]
+
+    def above(self, segment: int) -> list[int]:
+        """The segments that it continues, the first of all first."""
+        found: list[int] = []
+        upper = int(self.segment_above_S[segment])
+        while upper != NO_ROW:
+            found.append(upper)
+            upper = int(self.segment_above_S[upper])
+        return found[::-1]
 
 
 @dataclass(frozen=True, eq=False)
-class _Tail:
-    """One stream seen from its prefix: which tokens follow it, and which of them are trained."""
+class _Sampled:
+    """One stream that is trained on."""
 
     episode: int
     number: int
     """Of the stream among those of its episode."""
     stream: Stream
-    prefix_length: int
-    keep_last: bool
+    continues: bool
+    """Whether the value after its last token is wanted."""
 
     @property
-    def rows(self) -> int:
-        return len(self.stream.token_ids_T) - self.prefix_length - (0 if self.keep_last else 1)
+    def rows_T(self) -> NDArray[np.int32]:
+        """The tokens that need a row: all before the last trained one, which is a target only."""
+        rows = len(self.stream.token_ids_T) if self.continues else int(np.flatnonzero(self.stream.trained_T)[-1])
+        return self.stream.token_ids_T[:rows]
 
 
 def usable(trajectory: Trajectory) -> bool:
@@ -211,20 +239,13 @@ def collate(trajectories: Sequence[Trajectory], on_length: OnLength = "zero") ->
     if bad:
         raise ValueError(f"trajectories {bad[:3]} are not usable (error, no tokens or non-finite); filter them first")
     groups = {name: number for number, name in enumerate(dict.fromkeys(t.prompt.group_id for t in trajectories))}
-    prefix_of: dict[tuple[str, bytes], int] = {}
-    tails_of: list[list[_Tail]] = []
+    sampled: list[_Sampled] = []
     for episode, trajectory in enumerate(trajectories):
-        sampled = [number for number, stream in enumerate(trajectory.streams) if stream.trained_T.any()]
-        for number in sampled:
-            stream = trajectory.streams[number]
-            length = int(np.argmax(stream.trained_T))
-            key = (trajectory.prompt.group_id, stream.token_ids_T[:length].tobytes())
-            prefix = prefix_of.setdefault(key, len(prefix_of))
-            if prefix == len(tails_of):
-                tails_of.append([])
-            keep_last = number == sampled[-1] and _continues(trajectory, on_length)
-            tails_of[prefix].append(_Tail(episode, number, stream, length, keep_last))
-    return _pack(trajectories, tails_of, groups, on_length)
+        numbers = [number for number, stream in enumerate(trajectory.streams) if stream.trained_T.any()]
+        for number in numbers:
+            continues = number == numbers[-1] and _continues(trajectory, on_length)
+            sampled.append(_Sampled(episode, number, trajectory.streams[number], continues))
+    return _pack(trajectories, sampled, groups, on_length)
 
 
 def _continues(trajectory: Trajectory, on_length: OnLength) -> bool:
@@ -238,42 +259,41 @@ def _hit_length(trajectory: Trajectory) -> bool:
 
 def _pack(
     trajectories: Sequence[Trajectory],
-    tails_of: list[list[_Tail]],
+    sampled: Sequence[_Sampled],
     groups: dict[str, int],
     on_length: OnLength,
 ) -> Batch:
-    prefix_length_P = np.array([tails[0].prefix_length for tails in tails_of], np.int32)
-    flat = [(prefix, tail) for prefix, tails in enumerate(tails_of) for tail in tails]
-    tail_prefix_S = np.array([prefix for prefix, _ in flat], np.int32)
-    tail_length_S = np.array([tail.rows for _, tail in flat], np.int32)
-    tail_start_S = _tail_starts(prefix_length_P, tail_prefix_S, tail_length_S)
-    first_tail_P = np.searchsorted(tail_prefix_S, np.arange(len(tails_of)))
-    prefix_start_P = tail_start_S[first_tail_P] - prefix_length_P
-
-    tokens_T = np.empty(int(prefix_length_P.sum() + tail_length_S.sum()), np.int32)
-    positions_T = np.empty_like(tokens_T)
+    tree = PrefixTree()
+    for number, one in enumerate(sampled):
+        tree.add(number, one.rows_T)
+    packed = list(tree.packed())
+    above = [number for number, _ in packed]
     rows_of: list[dict[int, NDArray[np.int32]]] = [{} for _ in trajectories]
     bootstrap_row_E = np.full(len(trajectories), NO_ROW, np.int32)
-    for (prefix, tail), start in zip(flat, tail_start_S.tolist(), strict=True):
-        head, length = int(prefix_start_P[prefix]), tail.prefix_length
-        tokens_T[head : head + length] = tail.stream.token_ids_T[:length]
-        positions_T[head : head + length] = np.arange(length)
-        tokens_T[start : start + tail.rows] = tail.stream.token_ids_T[length : length + tail.rows]
-        positions_T[start : start + tail.rows] = np.arange(length, length + tail.rows)
-        row_of_token = np.concatenate([np.arange(head, head + length), np.arange(start, start + tail.rows + 1)])
-        rows_of[tail.episode][tail.number] = row_of_token.astype(np.int32)
-        if tail.keep_last:
-            bootstrap_row_E[tail.episode] = start + tail.rows - 1
+    stream_segment_L = np.empty(len(sampled), np.int32)
+    paths: list[NDArray[np.int32]] = []
+    """Of each segment, the rows from the beginning of its streams to its own last row."""
+    first_row = 0
+    for number, (upper, segment) in enumerate(packed):
+        own = np.arange(first_row, first_row + len(segment.tokens_T), dtype=np.int32)
+        paths.append(own if upper == NO_SEGMENT else np.concatenate([paths[upper], own]))
+        first_row += len(own)
+        for end in segment.ends:
+            one = sampled[end]
+            stream_segment_L[end] = number
+            rows_of[one.episode][one.number] = paths[number]
+            if one.continues:
+                bootstrap_row_E[one.episode] = paths[number][-1]
+    lengths = [len(segment.tokens_T) for _, segment in packed]
+    starts_in_stream = [len(path) - length for path, length in zip(paths, lengths, strict=True)]
     columns = [_trained_columns(t, rows, on_length) for t, rows in zip(trajectories, rows_of, strict=True)]
     return Batch(
-        tokens_T=tokens_T,
-        positions_T=positions_T,
-        prefix_start_P=prefix_start_P.astype(np.int32),
-        prefix_length_P=prefix_length_P,
-        tail_prefix_S=tail_prefix_S,
-        tail_start_S=tail_start_S,
-        tail_length_S=tail_length_S,
-        tail_episode_S=np.array([tail.episode for _, tail in flat], np.int32),
+        tokens_T=np.concatenate([segment.tokens_T for _, segment in packed]),
+        positions_T=_concatenate_ranges(np.array(starts_in_stream), np.array(lengths)).astype(np.int32),
+        segment_length_S=np.array(lengths, np.int32),
+        segment_above_S=np.array(above, np.int32),
+        stream_segment_L=stream_segment_L,
+        stream_episode_L=np.array([one.episode for one in sampled], np.int32),
         target_N=np.concatenate([c.target_N for c in columns]),
         row_N=np.concatenate([c.row_N for c in columns]),
         old_logprobs_N=np.concatenate([c.old_logprobs_N for c in columns]),
@@ -319,17 +339,14 @@ def _trained_columns(
     )
 
 
-def _tail_starts(
-    prefix_length_P: NDArray[np.int32], tail_prefix_S: NDArray[np.int32], tail_length_S: NDArray[np.int32]
-) -> NDArray[np.int32]:
-    """Where each tail begins when every prefix is followed by its tails (tails are ordered by prefix)."""
-    tokens_before = np.cumsum(tail_length_S) - tail_length_S
-    prefixes_so_far = np.cumsum(prefix_length_P)[tail_prefix_S]
-    starts: NDArray[np.int32] = (tokens_before + prefixes_so_far).astype(np.int32)
-    return starts
+def _new_numbers(kept: NDArray[np.intp], count: int) -> NDArray[np.int32]:
+    """Of things that had numbers below `count` and of which these are kept: the new number by the old one."""
+    numbers = np.full(count + 1, NO_ROW, np.int32)  # The spare last slot maps NO_ROW to itself.
+    numbers[kept] = np.arange(len(kept), dtype=np.int32)
+    return numbers
 
 
-def _concatenate_ranges(starts: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.intp]:
+def _concatenate_ranges(starts: NDArray[np.integer], lengths: NDArray[np.integer]) -> NDArray[np.intp]:
     """`concatenate([arange(s, s + n) for s, n in ...])` without the loop."""
     ends = np.cumsum(lengths)
     offsets = np.repeat(starts - (ends - lengths), lengths)

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rollcast_learners import adapters, attention, sharding
 from rollcast_learners.batch import NO_ROW, Batch
+from rollcast_learners.compiled import compile_layers
 from rollcast_learners.head import Backend, logprobs_and_entropy, scores
 from rollcast_learners.settings import LoraSettings
 from rollcast_learners.upload import upload
@@ -40,6 +41,8 @@ class PolicySettings:
     head: Backend = "chunked"
     activation_checkpointing: bool = False
     """Whether layers keep only their inputs, and are computed again for the backward pass."""
+    compile: bool = False
+    """Whether layers go through torch.compile (`compiled.py`)."""
     adapter: LoraSettings | None = None
     """Low-rank adapters in place of training every weight."""
 
@@ -88,6 +91,8 @@ class Policy(nn.Module):
             _keep_inputs_alone(lm, self.settings.path)
         if self.settings.adapter is not None:
             adapters.inject(lm, self.settings.adapter)
+        if self.settings.compile:
+            compile_layers(lm, self.settings.path)
         return lm
 
     @property
@@ -165,7 +170,7 @@ class Policy(nn.Module):
     def score_rows(self, token_ids_RL: Tensor) -> Tensor:
         """Log-probabilities of tokens 1..L-1 of each row at temperature 1, (R, L - 1): the probe's reference."""
         rows, length = token_ids_RL.shape
-        packing = attention.Packing(tuple(attention.Piece(length, (row,), None) for row in range(rows)))
+        packing = attention.Packing((attention.Piece(length, (), None),) * rows)
         with torch.no_grad():
             output = self.lm.base_model(
                 input_ids=token_ids_RL.reshape(1, -1),

@@ -40,6 +40,8 @@ class LearnerSettings(Settings):
     """Packed rows in one forward pass: bounds memory, changes no result."""
     activation_checkpointing: bool = False
     """Whether layers keep only their inputs and are computed again: about a third more work for far less memory."""
+    compile: bool = False
+    """Whether layers go through torch.compile: faster steps after some seconds of compiling; wants a C++ compiler."""
     head: Literal["chunked", "naive", "triton"] = "chunked"
     """How log-probabilities are made: in chunks; the same by Triton kernels (NVIDIA GPU); or plainly, a yardstick."""
     learning_rate: float = Field(default=3e-5, gt=0)

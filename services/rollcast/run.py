@@ -402,6 +402,7 @@ def learner_spec(config: RunConfig, dtype: Dtype, supervised: bool = False) -> L
             model.trust_remote_code,
             config.learner.head,
             config.learner.activation_checkpointing,
+            config.learner.compile,
             config.adapter,
         ),
         config.learner,

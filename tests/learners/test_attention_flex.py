@@ -11,7 +11,7 @@ from torch.nn.attention import flex_attention as flex
 from torch.testing import assert_close
 
 from rollcast_learners import attention, attention_flex
-from rollcast_learners.batch import collate
+from rollcast_learners.batch import NO_ROW, collate
 from rollcast_learners.policy import Policy, PolicySettings
 from trajectories import answer, random_episodes
 
@@ -21,7 +21,10 @@ CPU = torch.device("cpu")
 CASES = {
     "one sequence": [answer([1, 2, 3], [4, 5, 6])],
     "one-token answers": [answer([1, 2, 3], [4]), answer([1, 2, 3], [5], number=1), answer([9], [1], group="1")],
-    "a long family": [answer(list(range(30)), list(range(n)), number=n) for n in (1, 9, 20)],
+    "a system prompt": [
+        answer([1, 2, 3, g], [4, 5 + n, 6], group=str(g), number=n) for g in range(4) for n in range(3)
+    ],
+    "a long family": [answer(list(range(30)), list(range(100 * n, 101 * n)), number=n) for n in (1, 9, 20)],
     "many sequences": [answer(list(range(1, n)), list(range(n)), group=str(n)) for n in range(2, 14)],
     "every form": random_episodes(2, groups=5),
 }
@@ -33,12 +36,15 @@ def batch(request):
 
 
 def seen_of(batch):
-    """Which row sees which, by the other form's masks: families along the diagonal."""
+    """Which row sees which, by walking the segments upwards."""
     seen_TT = np.zeros((batch.tokens, batch.tokens), np.bool_)
-    for prefix, (start, length) in enumerate(zip(batch.prefix_start_P, batch.prefix_length_P, strict=True)):
-        tails = batch.tail_length_S[batch.tail_prefix_S == prefix].tolist()
-        end = start + length + sum(tails)
-        seen_TT[start:end, start:end] = attention.family_mask(int(length), tails)
+    rows_of = [range(start, start + n) for start, n in zip(batch.segment_start_S, batch.segment_length_S, strict=True)]
+    for segment, rows in enumerate(rows_of):
+        seen_TT[rows.start : rows.stop, rows.start : rows.stop] = np.tri(len(rows), dtype=np.bool_)
+        above = batch.segment_above_S[segment]
+        while above != NO_ROW:
+            seen_TT[rows.start : rows.stop, rows_of[above].start : rows_of[above].stop] = True
+            above = batch.segment_above_S[above]
     return seen_TT
 
 
@@ -66,9 +72,9 @@ def listed(mask):
         yield [row[:count].tolist() for count, row in zip(counts[0, 0].tolist(), indices[0, 0], strict=True)]
 
 
-@pytest.mark.parametrize("largest", [1024, 0], ids=["masked", "large"])
-def test_outputs_and_gradients_are_those_of_plain_calls(batch, largest, monkeypatch):
-    monkeypatch.setattr(attention, "LARGEST_MASKED_FAMILY", largest)
+@pytest.mark.parametrize("joined", [256, 12, 0], ids=["joined", "some joined", "one a segment"])
+def test_outputs_and_gradients_are_those_of_plain_calls(batch, joined, monkeypatch):
+    monkeypatch.setattr(attention, "JOINED_ROWS", joined)
     # torch refuses gradients on a CPU for want of a fast kernel; the plain one has them.
     monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
     generator = torch.Generator().manual_seed(1)
@@ -98,7 +104,9 @@ def test_batches_of_any_length_share_what_was_compiled(monkeypatch):
     kernel = torch.compile(flex.flex_attention, fullgraph=True, backend=counter)
     counts = []
     for lengths in ([200, 90], [130, 220], [300, 7, 8], [129, 129], [61, 300], [257, 256, 300]):
-        batch = collate([answer(list(range(1, 60)), list(range(n)), number=k) for k, n in enumerate(lengths)])
+        batch = collate(
+            [answer(list(range(60)), list(range(100 * k, 100 * k + n)), number=k) for k, n in enumerate(lengths)]
+        )
         heads = [torch.randn(1, count, batch.tokens, 8, requires_grad=True) for count in (4, 2, 2)]
         output = kernel(*heads, block_mask=attention_flex.block_mask(batch, CPU), enable_gqa=True)
         output.sum().backward()
@@ -108,14 +116,10 @@ def test_batches_of_any_length_share_what_was_compiled(monkeypatch):
 
 def test_a_large_mask_is_never_laid_out():
     """64k rows: a mask of rows would be 4 GB, the table of blocks is 512 x 512."""
-    lengths = np.full(64, 1024)
-    starts = np.arange(64) * 1024
-    family = starts // 8192 * 8192
-    first = starts == family
-    stops = np.where(first, 0, family + 1024)
-    partial, whole = attention_flex.blocks_of(
-        attention_flex.Segments(starts, lengths, np.where(first, 0, family), stops)
-    )
+    first_T = np.arange(1 << 16)
+    within_T = first_T % 8192  # Eight families of a prefix and seven tails, of 1,024 rows each.
+    until_T = np.where(within_T < 1024, first_T - within_T + 8192, first_T // 1024 * 1024 + 1024)
+    partial, whole = attention_flex.blocks_of(until_T.astype(np.int32))
     assert partial.shape == whole.shape == (512, 512)
     assert partial.sum() == 512  # Only the diagonal needs the rule.
     assert whole.sum() == 64 * 28 + 56 * 64  # What lies below it in each segment, and each tail's prefix.

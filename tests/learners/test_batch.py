@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollcast_learners.batch import Batch, collate, nbytes, usable
+from rollcast_learners.batch import NO_ROW, Batch, collate, nbytes, usable
+from rollcast_learners.prefix_tree import PrefixTree
 from trajectories import answer, episode, expected, random_episodes, stream, unpack
 
 EXAMPLES = settings(max_examples=60, deadline=None)
@@ -23,16 +24,52 @@ def test_a_shared_prompt_is_stored_once_and_last_tokens_need_no_row():
     batch = collate([answer([7, 8, 9], [1, 2, 3]), answer([7, 8, 9], [4]), answer([5], [6, 1], group="1")])
     assert batch.tokens_T.tolist() == [7, 8, 9, 1, 2, 5, 6]
     assert batch.positions_T.tolist() == [0, 1, 2, 3, 4, 0, 1]
-    assert batch.tail_length_S.tolist() == [2, 0, 1]
+    assert batch.segment_length_S.tolist() == [3, 2, 2]
+    assert batch.segment_above_S.tolist() == [NO_ROW, 0, NO_ROW]
+    assert batch.stream_segment_L.tolist() == [1, 0, 2]
     assert batch.row_N.tolist() == [2, 3, 4, 2, 5, 6]
     assert batch.target_N.tolist() == [1, 2, 3, 4, 6, 1]
     assert batch.group_E.tolist() == [0, 0, 1]
     assert (batch.episodes, batch.tokens, batch.trained_tokens) == (3, 7, 6)
 
 
-def test_equal_prompts_of_different_groups_are_not_shared():
-    batch = collate([answer([7, 8], [1], group="0"), answer([7, 8], [2], group="1")])
-    assert len(batch.prefix_length_P) == 2
+def test_different_questions_share_their_system_prompt_and_answers_their_first_words():
+    system = [1, 2, 3]
+    batch = collate(
+        [
+            answer([*system, 10, 11], [20, 21, 22], group="0"),
+            answer([*system, 10, 11], [20, 21, 23, 24], group="0", number=1),
+            answer([*system, 12], [20], group="1"),
+        ]
+    )
+    assert batch.tokens_T.tolist() == [1, 2, 3, 10, 11, 20, 21, 23, 12]
+    assert batch.segment_length_S.tolist() == [3, 4, 1, 1]
+    assert batch.segment_above_S.tolist() == [NO_ROW, 0, 1, 0]
+    assert batch.seen_until_T.tolist() == [9, 9, 9, 8, 8, 8, 8, 8, 9]
+
+
+def test_equal_samples_cost_the_rows_of_one():
+    one = collate([answer([1, 2], [3, 4, 5])])
+    assert collate([answer([1, 2], [3, 4, 5], group=str(n)) for n in range(8)]).tokens == one.tokens
+
+
+def test_what_follows_the_last_trained_token_needs_no_row():
+    batch = collate([episode([[([1, 2], False), ([3, 4], True), ([5, 6, 7], False)]], [1.0])])
+    assert batch.tokens_T.tolist() == [1, 2, 3]
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=12))
+def test_a_tree_holds_its_sequences_and_nothing_twice(sequences):
+    tree = PrefixTree()
+    for number, sequence in enumerate(sequences):
+        tree.add(number, np.array(sequence, np.int32))
+    said, found = [], {}
+    for above, segment in tree.packed():
+        said.append([*(said[above] if above >= 0 else []), *segment.tokens_T.tolist()])
+        found |= dict.fromkeys(segment.ends, said[-1])
+    assert found == dict(enumerate(sequences))
+    rows = sum(len(segment.tokens_T) for _, segment in tree.packed())
+    assert rows == len({tuple(sequence[: n + 1]) for sequence in sequences for n in range(len(sequence))})
 
 
 @pytest.mark.parametrize("on_length", ["zero", "bootstrap", "mask"])

@@ -1,12 +1,14 @@
 """How a step is cut changes nothing: micro-batches, minibatches, the order of episodes, shared prefixes."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 from learner_steps import BATCH, FULL, NO_CLIP, check_same_step, gradient
-from rollcast_learners import attention
+from rollcast_learners import attention, prefix_tree
 from rollcast_learners.advantages import moments
 from rollcast_learners.algorithms import ALGORITHMS
 from rollcast_learners.batch import collate
@@ -56,20 +58,28 @@ def test_the_order_of_trajectories_changes_nothing(budget, build):
     check_same_step(straight, mixed, metrics, mixed.step(collate(shuffled)).metrics)
 
 
-def test_prefix_sharing_changes_nothing(build):
-    """The same samples, once as one group that shares its prompt and once as groups of their own."""
-    shared = [answer([1, 2, 3], [4 + n, 5, 6], 0.1 * n, number=n) for n in range(6)]
-    alone = [answer([1, 2, 3], [4 + n, 5, 6], 0.1 * n, group=str(n)) for n in range(6)]
-    assert collate(alone).tokens == collate(shared).tokens + 5 * 3
+def test_sharing_changes_nothing(build, monkeypatch):
+    """The same samples, each beginning held once, and each sample by itself."""
+    samples = [answer([1, 2, 3, g], [4 + n, 5, 6], 0.1 * n, group=str(g), number=n) for g in range(2) for n in range(3)]
+    samples += [dataclasses.replace(sample, prompt=sample.prompt) for sample in samples[:2]]  # Word for word.
+    shared = collate(samples)
+    monkeypatch.setattr(prefix_tree.PrefixTree, "add", add_alone)
+    alone = collate(samples)
+    assert (shared.tokens, alone.tokens) == (3 + 2 * (1 + 3 * 2), 8 * 6)
     one, other = build(**FULL), build(**FULL)
-    check_same_step(one, other, one.step(collate(shared)).metrics, other.step(collate(alone)).metrics)
+    check_same_step(one, other, one.step(shared).metrics, other.step(alone).metrics)
 
 
-def test_large_families_change_nothing(build, monkeypatch):
-    masked, large = build(**FULL), build(**FULL)
-    metrics = masked.step(collate(BATCH)).metrics
-    monkeypatch.setattr(attention, "LARGEST_MASKED_FAMILY", 0)
-    check_same_step(masked, large, metrics, large.step(collate(BATCH)).metrics)
+def add_alone(tree, number, tokens_T):
+    """In place of `PrefixTree.add`: a segment for each sequence, whatever it begins with."""
+    tree._top.following[-number] = prefix_tree.Segment(tokens_T, [number])
+
+
+def test_many_calls_change_nothing(build, monkeypatch):
+    joined, apart = build(**FULL), build(**FULL)
+    metrics = joined.step(collate(BATCH)).metrics
+    monkeypatch.setattr(attention, "JOINED_ROWS", 0)
+    check_same_step(joined, apart, metrics, apart.step(collate(BATCH)).metrics)
 
 
 @pytest.mark.parametrize("epochs, minibatches", [(2, 1), (1, 3), (2, 4)])

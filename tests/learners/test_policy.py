@@ -103,10 +103,10 @@ def test_packed_equals_plain(name, tiny_fp32):
     check_equal_to_plain(make_policy(tiny_fp32), CASES[name])
 
 
-@pytest.mark.parametrize("largest", [1024, 12, 0], ids=["masked", "mixed", "large"])
+@pytest.mark.parametrize("joined", [1024, 12, 0], ids=["one call", "some calls", "one a segment"])
 @pytest.mark.parametrize("seed", range(3))
-def test_packed_equals_plain_at_random_whatever_the_attention(seed, largest, tiny_fp32, monkeypatch):
-    monkeypatch.setattr(attention, "LARGEST_MASKED_FAMILY", largest)
+def test_packed_equals_plain_at_random_whatever_the_attention(seed, joined, tiny_fp32, monkeypatch):
+    monkeypatch.setattr(attention, "JOINED_ROWS", joined)
     check_equal_to_plain(make_policy(tiny_fp32), random_episodes(seed), temperature=0.7)
 
 
@@ -125,9 +125,9 @@ def test_packed_equals_plain_without_shared_heads(tmp_path):
     check_equal_to_plain(make_policy(str(folder)), random_episodes(4))
 
 
-@pytest.mark.parametrize("largest", [1024, 0], ids=["masked", "large"])
-def test_bfloat16_is_near(largest, tiny_bf16, monkeypatch):
-    monkeypatch.setattr(attention, "LARGEST_MASKED_FAMILY", largest)
+@pytest.mark.parametrize("joined", [1024, 0], ids=["one call", "one a segment"])
+def test_bfloat16_is_near(joined, tiny_bf16, monkeypatch):
+    monkeypatch.setattr(attention, "JOINED_ROWS", joined)
     policy = make_policy(tiny_bf16, "bfloat16")
     trajectories = random_episodes(2)
     ours, (theirs, _) = policy(collate(trajectories)), plain(policy, trajectories, 1.0, "zero")
@@ -136,17 +136,23 @@ def test_bfloat16_is_near(largest, tiny_bf16, monkeypatch):
     assert (ours.values_N - theirs.values_N).abs().mean() < 0.02
 
 
-def test_the_mask_of_a_family():
-    seen = attention.family_mask(2, [1, 2]).astype(int).tolist()
-    assert seen == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]
+def test_no_mask_grows_with_the_square_of_a_batch(monkeypatch):
+    monkeypatch.setattr(attention, "JOINED_ROWS", 5)
+    batch = collate([answer([1, 2, 3], [10 + n, 30 + n, 6], number=n) for n in range(10)])
+    packing = attention.packing_of(batch, torch.float32, torch.device("cpu"))
+    pieces = packing.pieces
+    assert packing.parts == (3, 20)
+    assert [piece.length for piece in pieces] == [5] + [4] * 4 + [2]
+    assert [piece.above for piece in pieces] == [()] + [(0,)] * 5
+    assert max(piece.mask_LK.numel() for piece in pieces if piece.mask_LK is not None) == 4 * (3 + 4)
 
 
-def test_no_mask_grows_with_the_square_of_a_large_family(monkeypatch):
-    monkeypatch.setattr(attention, "LARGEST_MASKED_FAMILY", 0)
-    batch = collate([answer([1, 2, 3], [4, 5, 6], number=n) for n in range(10)])
-    pieces = attention.packing_of(batch, torch.float32, torch.device("cpu")).pieces
-    assert [piece.length for piece in pieces] == [3] + [2] * 10
-    assert max(piece.mask_LK.numel() for piece in pieces if piece.mask_LK is not None) == 2 * 5
+def test_a_single_sequence_needs_no_mask_however_it_was_cut(monkeypatch):
+    monkeypatch.setattr(attention, "JOINED_ROWS", 0)
+    batch = collate([answer([1, 2], [3, 4, 5]), answer([1, 2], [3, 9], number=1)]).select(np.array([0]))
+    assert batch.segment_length_S.tolist() == [3, 1]
+    (piece,) = attention.packing_of(batch, torch.float32, torch.device("cpu")).pieces
+    assert (piece.length, piece.mask_LK) == (4, None)
 
 
 def test_selecting_changes_no_number(tiny_fp32):

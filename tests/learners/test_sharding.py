@@ -55,11 +55,13 @@ def make_spec(
     correction: str = "none",
     adapter: LoraSettings | None = None,
     checkpointing: bool = False,
+    compiled: bool = False,
     supervised: bool = False,
     **settings: Any,
 ) -> LearnerSpec:
     learner = LearnerSettings(**{"num_learners": 2, "sharding": "fsdp", "grad_clip": 10.0} | settings)
-    policy = PolicySettings(folder, dtype, learner.critic, activation_checkpointing=checkpointing, adapter=adapter)
+    made = {"activation_checkpointing": checkpointing, "compile": compiled, "adapter": adapter}
+    policy = PolicySettings(folder, dtype, learner.critic, **made)
     others = kl or KLSettings(), CorrectionSettings(correction=correction)
     run = {"temperature": 0.9, "total_steps": 20, "answer_tokens": 6, "seed": 3, "supervised": supervised}
     return LearnerSpec(policy, learner, *others, **run)
