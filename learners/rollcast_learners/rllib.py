@@ -112,8 +112,8 @@ class LMLearner(TorchLearner):
         self.result: StepResult | None = None
 
     def build(self) -> None:
-        if self.config.num_learners > 0 and self.config.num_gpus_per_learner == 0:
-            torch.set_num_threads(self.spec.learner.cpus_per_learner)
+        if threads := self._threads():
+            torch.set_num_threads(threads)
         super().build()
         policy: Policy = self.module[DEFAULT_MODULE_ID].policy
         reference: Reference | None = None
@@ -136,6 +136,11 @@ class LMLearner(TorchLearner):
             reference=reference,
             reduce=self._sum_over_learners,
         )
+
+    def _threads(self) -> int:
+        """How many it is told to use; 0 leaves what torch found."""
+        alone = self.config.num_learners > 0 and self.config.num_gpus_per_learner == 0
+        return self.spec.learner.threads or (self.spec.learner.cpus_per_learner if alone else 0)
 
     def configure_optimizers(self) -> None:
         """None of RLlib's: `PolicyLearner` owns the optimiser, over float32 masters that RLlib does not know."""

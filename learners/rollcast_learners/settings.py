@@ -29,7 +29,9 @@ class LearnerSettings(Settings):
     gpus_per_learner: float = Field(default=0, ge=0)
     """GPUs reserved for each learner."""
     cpus_per_learner: int = Field(default=1, ge=1)
-    """CPU cores reserved for each learner, and its number of threads."""
+    """CPU cores reserved for each learner."""
+    threads: int = Field(default=0, ge=0)
+    """Threads of each learner; 0 is one a reserved core, or inside the trainer one a core of the machine."""
     prompts_per_step: int = Field(default=8, ge=1)
     """Questions a step; each is answered `rollout.group_size` times."""
     epochs: int = Field(default=1, ge=1)

@@ -121,6 +121,13 @@ def test_rllib_changes_no_number(settings, local, tiny_fp32):
         assert np.array_equal(mine[name], p.detach().numpy())
 
 
+def test_a_learner_uses_the_threads_it_is_given(local):
+    (learner,) = local(threads=2)._each(lambda learner: learner)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)  # As the other tests have it.
+    assert learner.core.settings.threads == 2
+
+
 def test_a_packed_batch_passes_through_rllibs_clothes_whole():
     batch = batch_of(0)
     assert len({len(batch.tokens_T), len(batch.target_N), len(batch.episode_length_E)}) == 3
