@@ -27,7 +27,7 @@ def sampled(policy: Policy, prompts_RL: torch.Tensor, generator: torch.Generator
     rows, logprobs = prompts_RL, []
     for _ in range(TOKENS):
         count, length = rows.shape
-        packing = attention.Packing(tuple(attention.Piece(length, (row,), None) for row in range(count)))
+        packing = attention.Packing.of_equals(count, length)
         hidden = policy.lm.base_model(
             input_ids=rows.reshape(1, -1),
             position_ids=torch.arange(length).repeat(count).unsqueeze(0),

@@ -56,6 +56,11 @@ class Packing:
     def lengths(self) -> list[int]:
         return [piece.length for piece in self.pieces]
 
+    @classmethod
+    def of_equals(cls, count: int, length: int) -> "Packing":
+        """`count` sequences of one length, with nothing in common."""
+        return cls((Piece(length, (), None),) * count)
+
 
 def packing_of(batch: Batch, dtype: torch.dtype, device: torch.device) -> Packing | BlockMask:
     """Turns the batch's tables into attention calls, in the form that suits the device."""

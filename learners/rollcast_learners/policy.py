@@ -170,7 +170,7 @@ class Policy(nn.Module):
     def score_rows(self, token_ids_RL: Tensor) -> Tensor:
         """Log-probabilities of tokens 1..L-1 of each row at temperature 1, (R, L - 1): the probe's reference."""
         rows, length = token_ids_RL.shape
-        packing = attention.Packing((attention.Piece(length, (), None),) * rows)
+        packing = attention.Packing.of_equals(rows, length)
         with torch.no_grad():
             output = self.lm.base_model(
                 input_ids=token_ids_RL.reshape(1, -1),

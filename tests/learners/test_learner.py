@@ -304,10 +304,10 @@ def draw(policy: Policy, prompts: list[list[int]], length: int, generator: torch
     """Samples `length` tokens after each prompt, all of one length, from the policy itself."""
     rows = torch.tensor(prompts)
     for _ in range(length):
-        pieces = tuple(attention.Piece(rows.shape[1], (n,), None) for n in range(len(rows)))
+        packing = attention.Packing.of_equals(*rows.shape)
         positions = torch.arange(rows.shape[1]).repeat(len(rows))
         hidden = policy.lm.base_model(
-            input_ids=rows.reshape(1, -1), position_ids=positions[None], packing=attention.Packing(pieces)
+            input_ids=rows.reshape(1, -1), position_ids=positions[None], packing=packing
         ).last_hidden_state[0]
         last = hidden.view(*rows.shape, -1)[:, -1]
         choice = torch.multinomial((last @ policy.head_weight_VD.T).softmax(-1), 1, generator=generator)
