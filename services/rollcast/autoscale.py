@@ -71,12 +71,13 @@ def resize(size: Size, seen: Seen, bounds: Bounds) -> Size:
     kept = bounds.keep(size.workers)
     if kept != size.workers:
         return Size(kept, patience=size.patience)
+    ample = seen.waited < WAITS_NOT_BELOW and seen.full > FULL_ABOVE
+    if ample and seen.ready <= size.workers:  # One that has no place yet is not missed either.
+        return _shrunk(replace(size, short=0, ample=size.ample + 1), bounds)
     if seen.ready != size.workers:  # What was asked for last has not come about yet: this says nothing about it.
         return replace(size, short=0, ample=0)
     if seen.waited > WAITS_ABOVE:
         return _grown(replace(size, short=size.short + 1, ample=0), seen, bounds)
-    if seen.waited < WAITS_NOT_BELOW and seen.full > FULL_ABOVE:
-        return _shrunk(replace(size, short=0, ample=size.ample + 1), bounds)
     return replace(size, short=0, ample=0)
 
 
