@@ -22,6 +22,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
 from rollcast.buffer import PlayedGroup
+from rollcast.departures import Departures
 from rollcast.errors import RunFailed
 from rollcast.ledger import Lease, Ledger
 from rollcast.prompts import PromptStream
@@ -36,8 +37,6 @@ LOOK_EVERY_S = 1.0
 """How often nodes are counted, and a policy that did not arrive is asked for again."""
 TOLD_AFTER_S = 30.0
 """A worker that Ray has not placed for so long is told of."""
-STOP_S = 20.0
-"""What an engine has to end in good order."""
 MAX_FAILED_STARTS = 5
 EVALUATION = -1
 """The lease of calls that are no rollouts: the ledger knows nothing of them."""
@@ -114,7 +113,7 @@ class Fleet:
         self._evaluations: dict[int, tuple[int, list[Prompt]]] = {}
         self._next_evaluation = EVALUATION
         self._states: dict[int, WorkerState] = {}
-        self._leaving: list[tuple[Any, Any, float]] = []
+        self._departures = Departures()
         self.manager = FaultTolerantActorManager(max_remote_requests_in_flight_per_actor=10_000)
         self.set_size(settings.workers)
 
@@ -128,10 +127,10 @@ class Fleet:
             self._states[worker].leave_by = None
         for _ in range(wanted - len(self._staying())):
             self._add()
-        # One that cannot play yet costs nothing; of equals the newest goes.
-        staying.sort(key=lambda worker: (self._states[worker].ready, self._states[worker].playing, -worker))
-        for worker in staying[: max(len(staying) - wanted, 0)]:
-            self._states[worker].leave_by = time.monotonic() + self.settings.drain_s
+        if len(staying) > wanted:
+            self.store.add_nodes()
+            for worker in sorted(staying, key=self._worth)[: len(staying) - wanted]:
+                self._states[worker].leave_by = time.monotonic() + self.settings.drain_s
 
     def ready(self) -> int:
         """Workers that can be given work."""
@@ -156,6 +155,15 @@ class Fleet:
     def places(self) -> dict[int, Placed]:
         """Where the workers are that have been placed."""
         return {worker: state.place for worker, state in self._states.items() if state.place is not None}
+
+    def _worth(self, worker: int) -> tuple[bool, bool, int, int]:
+        """Who is the least loss comes first: on a lost node, not ready, with little to do; of equals the newest."""
+        state = self._states[worker]
+        return not self._on_lost_node(state), state.ready, state.playing, -worker
+
+    def _on_lost_node(self, state: WorkerState) -> bool:
+        """As far as the store knows, which counts nodes."""
+        return state.place is not None and state.place.node not in self.store.agents
 
     def _staying(self) -> list[int]:
         return [worker for worker, state in self._states.items() if state.leave_by is None]
@@ -235,11 +243,7 @@ class Fleet:
         """Asks every worker to end its engine, and ends what does not."""
         for worker in list(self._states):
             self._part(worker)
-        asked = [stopped for _, stopped, _ in self._leaving]
-        if asked:
-            ray.wait(asked, num_returns=len(asked), timeout=STOP_S)
-        for actor, _, _ in self._leaving:
-            ray.kill(actor)
+        self._departures.close()
 
     def _take(self, worker: int, tag: str, value: Any) -> list[PlayedGroup]:
         state = self._states[worker]
@@ -315,8 +319,7 @@ class Fleet:
         if state.leave_by is not None:
             return
         self.store.add_nodes()
-        lost_node = state.place is not None and state.place.node not in self.store.agents
-        if not state.ready and not lost_node:  # A node that left says nothing about the engine.
+        if not state.ready and not self._on_lost_node(state):  # A node that left says nothing about the engine.
             self._failed_starts += 1
             self._give_up_after(why)
         self.restarts += 1
@@ -334,17 +337,13 @@ class Fleet:
         return self.manager.remove_actor(worker)
 
     def _drain(self) -> None:
-        """Leaving workers go when they are through, or when their time is up; what does not end then is ended."""
+        """Leaving workers go when they are through, or when their time is up."""
         now = time.monotonic()
         for worker in self._draining():
             state = self._states[worker]
             if not state.ready or not state.playing or now > (state.leave_by or now):
                 self._part(worker)
-        for leaving in list(self._leaving):
-            actor, stopped, deadline = leaving
-            if now > deadline or ray.wait([stopped], timeout=0)[0]:
-                self._leaving.remove(leaving)
-                ray.kill(actor)
+        self._departures.look()
 
     def _part(self, worker: int) -> None:
         """Takes leave of a worker: what it has not finished is handed back, and it ends in good order."""
@@ -352,7 +351,7 @@ class Fleet:
         self.ledger.hand_back(worker)
         actor = self._forget(worker)
         if placed:
-            self._leaving.append((actor, actor.stop.remote(), time.monotonic() + STOP_S))
+            self._departures.send_away(actor)
         else:
             ray.kill(actor)  # It would wait for its place first.
 

@@ -65,7 +65,7 @@ class Run(Session):
         self.dropped_errors = self.dropped_equal = self._equal_in_a_row = 0
         self._learner_thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
         self._closers.callback(self._learner_thread.shutdown, wait=False, cancel_futures=True)
-        self._fleet_started = False
+        self._fleet_started = self._learner_starts = False
         self._most = cluster.most_workers(config)
         self._counted = time.monotonic()
         self.staffing = Staffing(Bounds(*rollout.fleet_bounds), rollout.first_workers)
@@ -130,8 +130,10 @@ class Run(Session):
         # The workers play on and are heard, but given nothing: what a lost policy began to play would be dropped.
         with self.watch("start learner"):
             begun = self._learner_thread.submit(self._begin_again, start)
+            self._learner_starts = True
             while not begun.done():
                 self._gather("the learner to start")
+            self._learner_starts = False
             self.weights = begun.result()
         self._announce()
 
@@ -323,11 +325,13 @@ class Run(Session):
 
     def _heed(self, wishes: Wishes) -> None:
         super()._heed(wishes)
-        if self._fleet_started:
-            if wishes.workers is None:
-                self.fleet.set_size(self.staffing.wanted(self.paused, self.fleet.ready(), self._most))
-            else:
-                self.fleet.set_size(wishes.workers)
+        if not self._fleet_started:
+            return
+        size = wishes.workers
+        if size is None:
+            size = self.staffing.wanted(self.paused, self.fleet.ready(), self._most)
+        # A learner that has lost its node finds a place on another one.
+        self.fleet.set_size(min(size, self._most) if self._learner_starts else size)
 
     def _announce(self) -> None:
         """Tells workers and replicas of the newest policy."""

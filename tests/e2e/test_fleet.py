@@ -25,7 +25,15 @@ GROUPS = 4
 class LiveRun:
     """A run on the cluster that `environment` names, trained by `rollcast train`, asked by other verbs."""
 
-    def __init__(self, environment: dict[str, str], base: Path, name: str, model: str, *words: str) -> None:
+    def __init__(
+        self,
+        environment: dict[str, str],
+        base: Path,
+        name: str,
+        model: str,
+        *words: str,
+        program: tuple[str, ...] = ("-m", "rollcast", "train"),
+    ) -> None:
         self.environment = environment
         self.folder = RunDir(base / name)
         size = ("--rollout.group_size", "2", "--rollout.concurrency", "2", "--learner.prompts_per_step", str(GROUPS))
@@ -33,7 +41,7 @@ class LiveRun:
         told = ("--run.dir", str(base), "--run.name", name, "--model.path", model, *size, *endless, *words)
         self.log = base / f"{name}.log"
         with self.log.open("w") as log:
-            command = [sys.executable, "-m", "rollcast", "train", str(SCRIPTED), *told]
+            command = [sys.executable, *program, str(SCRIPTED), *told]
             self.trainer = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
     def asks(self, verb: str, *words: str) -> tuple[int, str]:
@@ -86,8 +94,8 @@ def three() -> Iterator[Nodes]:
 def starts(tmp_path: Path, three: Nodes, tiny_bf16: str) -> Iterator[Starts]:
     runs: list[LiveRun] = []
 
-    def start(name: str, *words: str, model: str = tiny_bf16) -> LiveRun:
-        runs.append(LiveRun(three.environment, tmp_path, name, model, *SLOW, *words))
+    def start(name: str, *words: str, model: str = tiny_bf16, **more: Any) -> LiveRun:
+        runs.append(LiveRun(three.environment, tmp_path, name, model, *SLOW, *words, **more))
         return runs[-1]
 
     yield start
@@ -161,6 +169,10 @@ def test_a_second_trainer_of_that_name_is_refused_on_another_node(starts: Starts
     assert "twice is being trained already" in told and f"process {run.trainer.pid} on" in told and "--run" in told
     assert not second.folder.run_json.exists() and "Traceback" not in told
     run.goes_on(1)
+    run.folder = RunDir(tmp_path / "nobody")
+    code, told = run.asks("pause")
+    assert code == 2 and "no live run" in told and "twice" in told, told
+    run.folder = RunDir(tmp_path / "twice")
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +214,103 @@ def test_a_node_that_comes_and_goes_costs_only_its_leases(starts: Starts, three:
     rows = metrics.read(run.folder.metrics)
     events = assert_nothing_lost(run.folder, rows[-1]["step"], GROUPS)
     assert rows[-1]["fleet/restarts"] > 0 and events["failed"] == 0
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_with_nodes_that_come_and_go_it_learns_as_well_as_without(starts: Starts, three: Nodes, speller: str) -> None:
+    steps = 60
+
+    def rewards(run: LiveRun) -> list[float]:
+        return [row["reward/mean"] for row in metrics.read(run.folder.metrics)[1:]]
+
+    calm = starts("calm", *LEARNS, "--env.0.kwargs.seconds", "0.3", "--run.steps", str(steps), model=speller)
+    assert calm.trainer.wait(300) == 0
+    run = starts("stormy", *LEARNS, "--env.0.kwargs.seconds", "0.3", model=speller)
+    run.waits_until(lambda: len(metrics.read(run.folder.metrics)) > 1, 120)
+    taken, found = disturbed(run, three, steps)
+    undisturbed = rewards(calm)
+    print(f"taken {taken} times; rewards {undisturbed[-10:]} and {found[-10:]}")
+    assert taken >= 7
+    for last in (10, steps):  # Where it gets to, and on the way.
+        assert sum(found[:steps][-last:]) >= 0.9 * sum(undisturbed[-last:])
+    assert run.asks("stop")[0] == 0 and run.trainer.wait(60) == 0
+    assert_nothing_lost(run.folder, metrics.read(run.folder.metrics)[-1]["step"], GROUPS)
+
+
+DEVICES = """
+import json, sys
+import ray
+from rollcast.config_file import load_config
+from rollcast.run import Run
+from rollcast.session import opened
+from pathlib import Path
+
+def here(_):
+    context = ray.get_runtime_context()
+    return [[context.get_node_id(), number] for number in context.get_accelerator_ids()["GPU"]]
+
+config = load_config(sys.argv[1], sys.argv[2:])
+with opened(config, Path(config.run.dir) / "gpus", "never", Run) as run:
+    while run.fleet.ready() < 2:
+        run._gather("workers")
+    workers = [[place.node, number] for place in run.fleet.places.values() for number in place.gpu_ids]
+    print("found: " + json.dumps({"workers": workers, "learners": run.learners._first(here)}))
+"""
+
+
+@pytest.mark.ray
+def test_workers_and_learners_have_devices_of_their_own(tmp_path: Path, three: Nodes, tiny_bf16: str) -> None:
+    node = three.add(num_cpus=4, num_gpus=3)
+    words = ["--model.path", tiny_bf16, "--run.dir", str(tmp_path), "--eval.every", "0", "--rollout.workers", "2"]
+    gpus = ["--rollout.gpus_per_worker", "1", "--learner.num_learners", "1", "--learner.gpus_per_learner", "1"]
+    command = [sys.executable, "-c", DEVICES, str(SCRIPTED), *words, *gpus]
+    done = subprocess.run(command, env=three.environment, capture_output=True, text=True, timeout=180, check=False)
+    three.remove(node)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("found: ")]
+    found = json.loads(line.removeprefix("found: "))
+    ids = [tuple(one) for one in found["workers"] + found["learners"]]
+    assert len(ids) == len(set(ids)) == 3 and len(found["learners"]) == 1
+
+
+TELLS_ITS_LEARNER = """
+import sys
+from pathlib import Path
+from rollcast.config_file import load_config
+from rollcast.run import Run
+from rollcast.session import opened
+from rollcast.train import loop
+
+config = load_config(sys.argv[1], sys.argv[2:])
+with opened(config, Path(config.run.dir) / config.run.name, "auto", Run) as run:
+    print(f"learner: {run.learners.node()}", flush=True)
+    run.see_through(loop)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+def test_the_learners_node_goes_and_its_workers_play_on(starts: Starts, three: Nodes) -> None:
+    """With it go the originals of all policies, and the store's home moves."""
+    added = three.add(num_cpus=1)
+    words = ("--learner.num_learners", "1", "--checkpoint.every", "2", "--rollout.workers", "2")
+    run = starts("home", *words, "--env.0.kwargs.seconds", "0.2", program=("-c", TELLS_ITS_LEARNER))
+    run.waits_until(lambda: (run.folder.checkpoints / "step_2").exists(), 120)
+    (home,) = [line.split()[1] for line in run.log.read_text().splitlines() if line.startswith("learner: ")]
+    workers = {event["worker"] for event in run.events() if event["event"] == "lease"}
+    three.remove(home)
+    run.waits_until(lambda: metrics.read(run.folder.metrics)[-1].get("learner/restarts") == 1, 150)
+    run.goes_on(4)
+    rows = metrics.read(run.folder.metrics)
+    versions = [row["policy_version"] for row in rows]
+    assert [row["step"] for row in rows] == list(range(len(rows))) and versions == sorted(set(versions))
+    assert rows[-1]["fleet/workers"] == 2 and rows[-1]["fleet/restarts"] <= 1
+    assert workers & {event["worker"] for event in run.events()[-20:] if event["event"] == "lease"}
+    assert run.asks("stop")[0] == 0 and run.trainer.wait(60) == 0
+    assert_nothing_lost(run.folder, metrics.read(run.folder.metrics)[-1]["step"], GROUPS)
+    if home != added:  # As the next test expects it.
+        three.remove(added)
+        three.add(num_cpus=2)

@@ -6,7 +6,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 
 from rollcast import checkpoint, metrics
 from rollcast.rundir import RunDir
+from run_checks import wait_for
 
 SCRIPTED = Path(__file__).resolve().parents[2] / "deploy" / "configs" / "scripted.toml"
 
@@ -25,23 +26,16 @@ class Terminal:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.environment = {**kept, "HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0", **environment}
 
-    def types(self, *words: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "rollcast", *words]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=self.environment, text=True, stdout=pipe, stderr=subprocess.STDOUT)
+    def trains(self, log: Path, *words: str) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "rollcast", "train", *words]
+        with log.open("w") as output:
+            return subprocess.Popen(command, env=self.environment, stdout=output, stderr=subprocess.STDOUT)
 
     def sees(self, *words: str) -> tuple[int, str]:
-        process = self.types(*words)
-        output, _ = process.communicate(timeout=120)
-        assert "Traceback" not in output, output
-        return process.returncode, " ".join(output.split())
-
-
-def wait_for(condition: Callable[[], object], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
+        command = [sys.executable, "-m", "rollcast", *words]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120, check=False)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode, " ".join((done.stdout or done.stderr).split())
 
 
 def status(folder: RunDir) -> dict[str, Any]:
@@ -55,13 +49,13 @@ def folder(tmp_path: Path) -> RunDir:
 
 
 @pytest.fixture
-def first(tmp_path: Path, tiny_bf16: str, folder: RunDir) -> Iterator["tuple[subprocess.Popen[str], str]"]:
+def first(tmp_path: Path, tiny_bf16: str, folder: RunDir) -> Iterator["tuple[subprocess.Popen[bytes], str]"]:
     """A run that somebody started in a first terminal, and the token that is known only there."""
     token = secrets.token_hex(32)
     terminal = Terminal(tmp_path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
     words = ["--model.path", tiny_bf16, "--run.dir", str(folder.path.parent), "--run.name", folder.path.name]
     endless = ["--run.steps", "100000", "--eval.every", "0", "--checkpoint.every", "1000"]
-    trainer = terminal.types("train", str(SCRIPTED), *words, *endless)
+    trainer = terminal.trains(tmp_path / "log", str(SCRIPTED), *words, *endless)
     try:
         wait_for(lambda: len(metrics.read(folder.metrics)) > 1, 120)
         yield trainer, token
@@ -71,7 +65,7 @@ def first(tmp_path: Path, tiny_bf16: str, folder: RunDir) -> Iterator["tuple[sub
 
 
 def test_a_run_is_scaled_paused_resumed_and_stopped_from_a_second_terminal(
-    tmp_path: Path, first: "tuple[subprocess.Popen[str], str]", folder: RunDir
+    tmp_path: Path, first: "tuple[subprocess.Popen[bytes], str]", folder: RunDir
 ) -> None:
     trainer, token = first
     second = Terminal(tmp_path, RAY_AUTH_TOKEN=token)
@@ -90,6 +84,11 @@ def test_a_run_is_scaled_paused_resumed_and_stopped_from_a_second_terminal(
     code, said = second.sees("scale", *live, "2", "--json")
     assert code == 0 and json.loads(said)["asked"]["workers"] == 2
     wait_for(lambda: status(folder)["workers"] == 2, 60)
+    assert second.sees("scale", *live, "0")[0] == 0
+    wait_for(lambda: status(folder)["workers"] == status(folder)["draining"] == 0, 30)
+    step = status(folder)["step"]
+    assert second.sees("scale", *live, "auto")[0] == 0
+    wait_for(lambda: status(folder)["workers"] == 1 and status(folder)["step"] > step, 60)
 
     assert second.sees("pause", *live)[0] == 0
     wait_for(lambda: status(folder)["waiting_for"] == "to be resumed", 30)
