@@ -38,6 +38,7 @@ from torch import Tensor
 from rollcast_learners import sharding, state
 from rollcast_learners.arena import Arena, TensorSpec, policy_specs
 from rollcast_learners.batch import Batch
+from rollcast_learners.errors import LearnerLost
 from rollcast_learners.learner import PolicyLearner, StepResult
 from rollcast_learners.policy import Outputs, Policy, PolicySettings, Reference
 from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
@@ -318,13 +319,9 @@ class Learners:
             error = failed[0].get()
             raise getattr(error, "cause", error) from error  # As it was raised there, with the way it came.
 
-    def _loss(self, why: str) -> "LearnerLost":
+    def _loss(self, why: str) -> LearnerLost:
         self._lost = True
         return LearnerLost(why)
-
-
-class LearnerLost(RuntimeError):
-    """A learner is gone, and with it all that was learned since the last checkpoint. Says why."""
 
 
 def _group(config: LMConfig) -> LearnerGroup:
@@ -332,6 +329,9 @@ def _group(config: LMConfig) -> LearnerGroup:
         return LearnerGroup(config=config, module_spec=config.get_default_rl_module_spec())
     except RayActorError as error:
         why = _last_line(error)
+    except TimeoutError:  # Ray Train's, for the place of all of them together.
+        each = f"{config.num_cpus_per_learner:g} CPUs and {config.num_gpus_per_learner:g} GPUs"
+        why = f"Ray found no place for {config.num_learners} learners with {each} each within its time."
     # Raised only here, where no traceback holds on to the half-made group: its other learners end with it.
     raise LearnerLost(why)
 
