@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rollcast.engine_traces import sweep_dead
-from rollcast.worker import WeightsRefused
+from rollcast.intake import WeightsRefused
 from rollcast_learners.arena import InvalidWeights, TensorSpec, private_files, segments_of, validate
 from rollcast_learners.types import Weights
 
