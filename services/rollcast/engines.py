@@ -19,16 +19,19 @@ async def start_engine(
     *,
     concurrency: int,
     threads: int,
+    version: int = -1,
     seconds_per_token: float = 0.0,
 ) -> Sampler:
-    """The run's engine on the model that training began from, without a policy yet (version -1).
+    """The run's engine on the model of `model.path`, which counts as policy `version`: -1 is none yet.
 
     `record` is where a vLLM engine notes down what would be left of it. `seconds_per_token` slows the script.
     """
     rollout, path = config.rollout, config.model.path
     if rollout.engine == "scripted":
         end, context = codec.tokenizer.eos_token_id, rollout.max_model_len
-        return ScriptedSampler(end, seconds_per_token=seconds_per_token, max_model_len=context)
+        script = ScriptedSampler(end, seconds_per_token=seconds_per_token, max_model_len=context)
+        script.version = version
+        return script
     if rollout.engine == "torch":
         import torch
 
@@ -36,12 +39,14 @@ async def start_engine(
 
         torch.set_num_threads(threads)
         trusted = config.model.trust_remote_code
-        return TorchSampler(path, dtype, rollout.max_model_len, trusted, loaded_adapter(config))
+        slow = TorchSampler(path, dtype, rollout.max_model_len, trusted, loaded_adapter(config))
+        slow.version = version
+        return slow
     from rollcast.vllm_sampler import VllmSampler
 
     return await VllmSampler.start(
         path,
-        -1,
+        version,
         dtype=dtype,
         max_model_len=rollout.max_model_len,
         concurrency=concurrency,

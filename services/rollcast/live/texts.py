@@ -42,9 +42,8 @@ class GrowingText:
 
     def finish(self) -> str:
         """The answer is over: returns what had been held back, such as the beginning of a stop text."""
-        if not self.ended:
-            self._take(self._new())
-        return self._leave(len(self._text))
+        last = "" if self.ended else self._take(self._new())
+        return last + self._leave(len(self._text))
 
     def _new(self) -> str:
         before = self._decode(self._ids[self._context : self._read])
