@@ -76,22 +76,6 @@ class ChatCodec:
         text = self._render(messages, told)
         return Conversation(tuple(messages), text, told), self._encode(text)
 
-    def converse(self, turns: Sequence[tuple[str, str]]) -> list[int]:
-        """Token ids that ask for the next answer after `turns`: (role, text) of each, roles as templates know them.
-
-        Raises `ValueError` when the model's template does not take these roles in this order.
-        """
-        from jinja2 import TemplateError
-
-        try:
-            return self._encode(self._render([self._message(role, text) for role, text in turns]))
-        except TemplateError as error:
-            raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
-
-    def plain(self, text: str) -> list[int]:
-        """A text to go on from, in which nothing is a special token."""
-        return self._encode_plain(text)
-
     def reopen(self, conversation: Conversation) -> list[int]:
         """Token ids of a whole conversation, for a new stream."""
         return self._encode(conversation.text)
