@@ -21,7 +21,7 @@ from rollcast.sampler import Delta, Drawing, LoadReport, room_for, room_in, span
 from rollcast_learners import adapters
 from rollcast_learners.arena import open_tensors
 from rollcast_learners.settings import LoraSettings
-from rollcast_learners.types import Completion, Sampling, Weights
+from rollcast_learners.types import Completion, FinishReason, Sampling, Weights
 
 
 class TorchSampler:
@@ -73,7 +73,8 @@ class TorchSampler:
         random = _generator(request_id if drawing.seed is None else f"seed {drawing.seed}")
         asked = (drawing.temperature, random, drawing.top_p, drawing.alternatives)
         cache: Any = None
-        new, reason = list(token_ids), None
+        new = list(token_ids)
+        reason: FinishReason | None = None
         for place in range(room):
             token, logprob, version, cache, others = await self._on_thread(self._next_token, new, cache, *asked)
             if token in self.stop_ids:

@@ -161,8 +161,10 @@ class Replica:
             return
         async with self._choosing:
             self.releases = await asyncio.to_thread(self.shelf.look)
-            if self.releases.best not in (None, self._engines["latest"].version):
-                await self._load_best(self.shelf, self.releases.best or 0)
+            best = self.releases.best
+            # Until the two part for the first time, one engine is both.
+            if best is not None and ("best" in self._engines or best != self._engines["latest"].version):
+                await self._load_best(self.shelf, best)
 
     async def _load_best(self, shelf: Shelf, version: int) -> None:
         engine = self._engines.get("best") or await self._start("best")

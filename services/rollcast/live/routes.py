@@ -4,22 +4,25 @@ Owns: what each route does with a `Replica`. Does not know Serve or engines; key
 `gate.py`'s, requests and answers `protocol.py`'s and `answers.py`'s.
 """
 
+import asyncio
 import random
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
+from rollcast import metrics
 from rollcast.errors import RollcastError
 from rollcast.live.answers import ModelCard, ModelList
 from rollcast.live.gate import guard
 from rollcast.live.keys import Keys
 from rollcast.live.limits import Limits
 from rollcast.live.openai_errors import ApiError
+from rollcast.live.prompt import prompt_ids
 from rollcast.live.protocol import (
     Asked,
     ChatRequest,
@@ -85,10 +88,11 @@ class LiveRoutes:
     def app(self, keys: Keys | None, limits: Limits) -> FastAPI:
         """Documentation pages are left out: they are routes too."""
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-        for path, route in (("/v1/chat/completions", self.chat), ("/v1/completions", self.complete)):
-            app.add_api_route(path, route, methods=["POST"], response_model=None)
-        for path, route in (("/healthz", self.healthz), ("/v1/models", self.models), ("/v1/policy", self.policy)):
-            app.add_api_route(path, route, methods=["GET"], response_model=None)
+        app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
+        app.add_api_route("/v1/completions", self.complete, methods=["POST"], response_model=None)
+        app.add_api_route("/healthz", self.healthz, methods=["GET"], response_model=None)
+        app.add_api_route("/v1/models", self.models, methods=["GET"], response_model=None)
+        app.add_api_route("/v1/policy", self.policy, methods=["GET"], response_model=None)
         app.add_api_route("/v1/models/{model}", self.model, methods=["GET"], response_model=None)
         app.add_api_route("/v1/policy/promote", self.promote, methods=["POST"], response_model=None)
         app.add_api_route("/v1/policy/rollback", self.rollback, methods=["POST"], response_model=None)
@@ -100,30 +104,22 @@ class LiveRoutes:
 
     # ---- answers
 
-    async def chat(self, asked: ChatRequest, request: Request) -> Any:
-        try:
-            prompt_ids = self.replica.codec.converse(asked.turns)
-        except ValueError as error:
-            raise ApiError(400, f"messages: {error}", "messages", "invalid_value") from error
-        return self._answer(asked, prompt_ids, OfChat(self._id("chatcmpl"), self.replica.codec), request)
+    async def chat(self, asked: ChatRequest, request: Request) -> Response:
+        return self._answer(asked, OfChat(self._id("chatcmpl"), self.replica.codec), request)
 
-    async def complete(self, asked: CompletionRequest, request: Request) -> Any:
-        prompt_ids = self.replica.codec.plain(asked.text)
-        if not prompt_ids:
-            raise ApiError(400, "prompt: is empty", "prompt", "invalid_value")
-        return self._answer(asked, prompt_ids, OfCompletion(self._id("cmpl"), self.replica.codec), request)
+    async def complete(self, asked: CompletionRequest, request: Request) -> Response:
+        return self._answer(asked, OfCompletion(self._id("cmpl"), self.replica.codec), request)
 
-    def _answer(
-        self, asked: ChatRequest | CompletionRequest, prompt_ids: Sequence[int], form: Form, request: Request
-    ) -> Any:
+    def _answer(self, asked: ChatRequest | CompletionRequest, form: Form, request: Request) -> Response:
         wanted_version(asked.model, self.replica.resident)
-        room = room_for_answer(asked, len(prompt_ids), self.served.context, self.served.max_new_tokens)
+        ids = prompt_ids(asked, self.replica.codec, self.served.context)
+        room = room_for_answer(asked, len(ids), self.served.context, self.served.max_new_tokens)
         name = asked.model.partition("@")[2] or "latest"
         question = Question(
             self.replica,
             self.replica.engine_for(name, self._random.random()),
             asked.model,
-            tuple(prompt_ids),
+            tuple(ids),
             Drawing(
                 1.0 if asked.temperature is None else asked.temperature,
                 room,
@@ -188,10 +184,6 @@ class LiveRoutes:
 
     async def _step(self, version: int) -> int | None:
         """The learner step that made the version, where the run's figures name it."""
-        import asyncio
-
-        from rollcast import metrics
-
         if self.replica.shelf is None:
             return None
         rows = await asyncio.to_thread(metrics.read, self.replica.shelf.run.metrics)
