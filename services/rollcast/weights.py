@@ -14,7 +14,10 @@ import asyncio
 import json
 import os
 import shutil
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,16 @@ def sweep_abandoned(root: Path = SHARED_MEMORY) -> list[Path]:
         sweep_dead(folder)
         shutil.rmtree(folder, ignore_errors=True)
     return folders
+
+
+@contextmanager
+def owned_folder(label: str) -> Iterator[Path]:
+    """A folder in shared memory for the record of an engine that belongs to no store. Should this process be killed,
+    the next run or `rollcast doctor --fix` sweeps up after it."""
+    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{label}-{os.getpid()}-", dir=SHARED_MEMORY) as folder:
+        owner = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+        (Path(folder) / OWNER).write_text(json.dumps(owner), encoding="utf-8")
+        yield Path(folder)
 
 
 def _owner_lives(owner: Path) -> bool:
