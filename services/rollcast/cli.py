@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand
 
-from rollcast import cli_env, cli_keys
+from rollcast import cli_env, cli_keys, cli_live
 from rollcast.errors import RollcastError, UsageError
 
 if TYPE_CHECKING:
@@ -388,6 +388,9 @@ def _run_dir(context: typer.Context) -> tuple[Path, list[str]]:
         else:
             others.append(word)
     return base, others
+
+
+cli_live.add(app, WithOverrides, _run_dir)
 
 
 def _only_run_dir(context: typer.Context) -> Path:

@@ -56,6 +56,12 @@ def connected(config: RunConfig) -> Iterator[str]:
         ray.shutdown()
 
 
+def namespace() -> str:
+    """In which the run's named actors are found: `NAMESPACE`, or that of a caller's own session."""
+    found: str = ray.get_runtime_context().namespace
+    return found
+
+
 def require_devices(config: RunConfig) -> None:
     """Raises `ConfigError` with the counts when the cluster has fewer CPUs or GPUs than the run's actors ask for."""
     rollout, learner = config.rollout, config.learner
