@@ -4,13 +4,16 @@ Owns: starting it on a free port, publishing policies to it, and ending it. Does
 """
 
 import asyncio
+import random
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import openai
 import uvicorn
 from safetensors.torch import load_file
 
@@ -30,7 +33,7 @@ from rollcast_learners.types import Weights
 
 T = TypeVar("T")
 GENEROUS = Limits(requests_per_s=1e6, burst=10**6, tokens_per_minute=10**12, concurrent=1000)
-EOS = 258
+ASK: Any = [{"role": "user", "content": "Which town lies on the river?"}]
 
 
 def free_port() -> int:
@@ -158,3 +161,33 @@ def running(*arguments: Any, **settings: Any) -> Iterator[Server]:
 def generous(**changes: Any) -> Limits:
     """Limits of which only those named can be met."""
     return GENEROUS.model_copy(update=changes)
+
+
+def client_of(server: Server, **settings: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, **settings)
+
+
+def said(codec: ChatCodec, text: str) -> Any:
+    """A script that says `text`, a byte a token."""
+
+    def script(token_ids: Sequence[int], version: int, draw: random.Random) -> list[int]:
+        return codec.plain(text)
+
+    return script
+
+
+def wait_for(condition: Any, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def expected(model: str, codec: ChatCodec, prompt: str, length: int) -> str:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    ids = torch.tensor([codec.plain(prompt)])
+    told = plain.generate(ids, max_new_tokens=length, do_sample=False)
+    return codec.answer(told[0, ids.shape[1] :].tolist())

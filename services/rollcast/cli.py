@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand
 
-from rollcast import cli_env, cli_keys, cli_live
+from rollcast import cli_env, cli_fleet, cli_keys, cli_live
 from rollcast.errors import RollcastError, UsageError
 
 if TYPE_CHECKING:
@@ -401,6 +401,9 @@ def _only_run_dir(context: typer.Context) -> Path:
             f"{name} changes nothing here", "the run is only looked at", "only --run.dir is of use; leave it out"
         )
     return base
+
+
+cli_fleet.add_verbs(app, WithOverrides, _only_run_dir)
 
 
 def _overrides(context: typer.Context, run: str | None = None) -> list[str]:

@@ -155,10 +155,19 @@ def answer(reference: Any, run: str) -> Any:
         raise UsageError(what, "Its control ended with it.", "See `rollcast status`.") from None
 
 
+def answers(control: Any, within_s: float = ANSWER_S) -> bool:
+    """Whether a control still lives, and with it its run."""
+    try:
+        ray.get(control.owner.remote(), timeout=within_s)
+    except (RayActorError, GetTimeoutError):
+        return False
+    return True
+
+
 class Line:
     """The trainer's end of its run's control: says and hears without ever waiting, and keeps the actor alive."""
 
-    def __init__(self, run: str, owner: str) -> None:
+    def __init__(self, run: str, owner: str, name_frees_s: float = NAME_FREES_S) -> None:
         """Raises `UsageError` while another trainer on the cluster has the name."""
         self.run = run
         self.owner = owner
@@ -166,7 +175,7 @@ class Line:
         self._policy: tuple[Weights, StoreHandle] | None = None
         self._pending: Any = None
         self._said = 0.0
-        self._actor = self._take_name()
+        self._actor = self._take_name(time.monotonic() + name_frees_s)
 
     def say(self, status: dict[str, Any]) -> Wishes:
         """Tells the status when it is time to, and returns what has been asked so far."""
@@ -194,8 +203,7 @@ class Line:
                 if self._policy is not None:
                     self.announce(*self._policy)
 
-    def _take_name(self) -> Any:
-        deadline = time.monotonic() + NAME_FREES_S
+    def _take_name(self, deadline: float) -> Any:
         while True:
             try:
                 return self._create()

@@ -126,6 +126,7 @@ class RunDir:
             "name": self.path.name,
             "address": address,
             "namespace": namespace,
+            "auth": os.environ.get("RAY_AUTH_MODE", "disabled").lower(),
             "pid": process.pid,
             "process_started": process.create_time(),
             "host": socket.gethostname(),

@@ -1,6 +1,6 @@
 """The corpus against the live policy where it really lives, behind Ray Serve: never a 500, never a dead replica."""
 
-import socket
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import pytest
 from bad_requests import CHAT, COMPLETIONS, CORPUS, FINE, FINE_COMPLETIONS
 from fuzzing import throw, throw_by_schema
 from live_app import Asking, assert_refused, chat, scripted_app
+from live_server import free_port
 from rollcast.config_file import load_config
 from rollcast.live.keys import add_key, make_key, revoke_key
 
@@ -33,11 +34,10 @@ def served(
         key, text = make_key(name, scope)
         add_key(folder / "keys.json", key)
         texts.append(text)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    overrides = [f"--model.path={tiny_fp32}", f"--run.dir={folder}", f"--serve.port={port}", *RATES]
+    overrides = [f"--model.path={tiny_fp32}", f"--run.dir={folder}", f"--serve.port={free_port()}", *RATES]
     overrides += ["--serve.cpus_per_replica=0.5", f"--serve.keys_file={folder / 'keys.json'}"]
     spec = spec_of(load_config(SCRIPTED, overrides), folder / "corpus", ray_cluster, version=3)
+    serve.shutdown()  # A cluster has one HTTP address, and other tests may have given it theirs.
     url = deploy(spec)
     handle = serve.get_deployment_handle(DEPLOYMENT, spec.name)
     asking = Asking(None, texts[0], url)
@@ -84,14 +84,8 @@ def test_keys_count_behind_serve_too(served: tuple[Asking, str, Path, Any]) -> N
         assert_refused(asking.ask(method, path, {}, as_user), 403)
     assert asking.ask("GET", "/healthz", None, [("Authorization", "")]).status_code == 200
     revoke_key(file, "alice")
-    asking.run(_seconds(1.5))
+    asking.run(asyncio.sleep(1.5))
     assert_refused(asking.ask("POST", CHAT, chat(), as_user), 401)
-
-
-async def _seconds(count: float) -> None:
-    import asyncio
-
-    await asyncio.sleep(count)
 
 
 @pytest.mark.ray

@@ -104,7 +104,7 @@ def test_a_trainer_hears_what_was_asked_by_name(line: Line, ray_cluster: str) ->
 @pytest.mark.ray
 def test_a_second_trainer_of_that_name_is_refused_and_a_later_one_is_not(line: Line) -> None:
     with pytest.raises(UsageError, match="being trained already") as refused:
-        Line("named", "process 2 on there")
+        Line("named", "process 2 on there", name_frees_s=0.5)
     assert "process 1 on here" in refused.value.why
     line.close()
     Line("named", "process 3 on there")

@@ -1,11 +1,10 @@
 """The live policy over HTTP with OpenAI's own client: answers, streams, versions, updates, and clients that leave."""
 
 import asyncio
-import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,13 @@ import httpx
 import openai
 import pytest
 
-from live_server import Policies, Server, generous, running, scripted
+from live_server import ASK, Policies, Server, client_of, expected, generous, running, said, scripted, wait_for
 from rollcast.chat import ChatCodec
 from rollcast.errors import UsageError
 from rollcast.rundir import RunDir
 from rollcast.sampler import Sampler
 from rollcast.torch_sampler import TorchSampler
 from tiny_model import write_tiny_model
-
-ASK: Any = [{"role": "user", "content": "Which town lies on the river?"}]
 
 
 @pytest.fixture(scope="module")
@@ -33,26 +30,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def codec(model: str) -> ChatCodec:
     return ChatCodec.from_folder(model)
-
-
-def client_of(server: Server, **settings: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, **settings)
-
-
-def said(codec: ChatCodec, text: str) -> Any:
-    """A script that says `text`, a byte a token."""
-
-    def script(token_ids: Sequence[int], version: int, draw: random.Random) -> list[int]:
-        return codec.plain(text)
-
-    return script
-
-
-def wait_for(condition: Any, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -188,16 +165,6 @@ def test_a_real_model_answers_greedily_as_it_does_without_a_server(run: RunDir, 
         drawn = [client.completions.create(**asked, temperature=2, seed=seed).choices[0].text for seed in (1, 1, 2)]
         assert drawn[0] == drawn[1] != drawn[2]
         assert greedy.choices[0].text == expected(other, codec, "The town", 12)
-
-
-def expected(model: str, codec: ChatCodec, prompt: str, length: int) -> str:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    ids = torch.tensor([codec.plain(prompt)])
-    told = plain.generate(ids, max_new_tokens=length, do_sample=False)
-    return codec.answer(told[0, ids.shape[1] :].tolist())
 
 
 # ---- updates

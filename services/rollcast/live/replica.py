@@ -51,6 +51,8 @@ class Counts:
     cut: int = 0
     """Answers whose reader left before the end."""
     loads: int = 0
+    load_s: float = 0.0
+    """Of the last update: pause and load."""
     refusals: list[str] = field(default_factory=list)
 
 
@@ -222,6 +224,7 @@ class Replica:
             del self.counts.refusals[:-10]
         else:
             self.counts.loads += 1
+            self.counts.load_s = loaded.pause_s + loaded.load_s
             self.loaded_at = time.time()
 
     # ---- answering

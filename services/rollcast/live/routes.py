@@ -178,6 +178,7 @@ class LiveRoutes:
             "answering": replica.counts.answering,
             "answered": replica.counts.answered,
             "loads": replica.counts.loads,
+            "load_s": round(replica.counts.load_s, 4),
             "refused": replica.counts.refusals[-1] if replica.counts.refusals else None,
             **_told(replica.releases),
         }

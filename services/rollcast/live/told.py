@@ -36,10 +36,11 @@ from rollcast.live.answers import (
     Usage,
     event,
 )
+from rollcast.live.openai_errors import ApiError
 from rollcast.live.replica import Piece, Replica
 from rollcast.live.texts import BROKEN
 from rollcast.live.versions import Alias
-from rollcast.sampler import Drawing
+from rollcast.sampler import Drawing, EngineDied
 from rollcast_learners.types import VersionSpan
 
 Scope = Any
@@ -276,6 +277,8 @@ class Whole(Response):
 
         try:
             stayed = await while_there(collect(), receive)
+        except EngineDied as error:
+            raise lost(error) from error
         finally:
             self.question.note(_record(self.question, self.form, answers))
         if stayed:
@@ -289,22 +292,26 @@ class Events(Response):
     def __init__(self, question: Question, form: Form, wants_usage: bool) -> None:
         super().__init__()
         self.question, self.form, self.wants_usage = question, form, wants_usage
+        self.begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answers = [Answer() for _ in range(self.question.answers)]
         try:
             await while_there(self._tell(answers, send), receive)
+        except EngineDied as error:
+            if not self.begun:
+                raise lost(error) from error
+            await send({"type": "http.response.body", "body": lost(error).event, "more_body": False})
         finally:
             self.question.note(_record(self.question, self.form, answers))
 
     async def _tell(self, answers: list[Answer], send: Send) -> None:
         async with aclosing(self.question.pieces()) as pieces:  # type: ignore[type-var]
-            begun = False
             async for number, piece in pieces:
                 answers[number].add(piece)
                 chunk = event(self.form.chunk(self.question, number, piece, answers[number]))
-                if not begun:
-                    begun = True
+                if not self.begun:
+                    self.begun = True
                     await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         end = END_OF_STREAM
@@ -315,6 +322,11 @@ class Events(Response):
 
 
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+def lost(error: EngineDied) -> ApiError:
+    """503: the replica is about to be replaced."""
+    return ApiError(503, f"the engine of this replica is lost, and another is started: {error}", None, "engine_lost", 5)
 
 
 def stream(question: Question, form: Form, wants_usage: bool) -> Response:
