@@ -219,7 +219,7 @@ def bad_routes() -> list[Bad]:
     return [
         *(Bad(path, path, b"", 404, None, (), method) for path in control for method in ("GET", "POST")),
         *(Bad(path[:40], path, b"", 404, None, (), "GET") for path in strange),
-        *(Bad(f"{method} {CHAT}", CHAT, b"", 405, None, (), method) for method in ("GET", "DELETE", "PATCH", "BREW")),
+        *(Bad(f"{method} {CHAT}", CHAT, b"", 405, None, (), method) for method in ("GET", "PUT", "DELETE", "PATCH")),
         *(Bad(f"{method} models", "/v1/models", b"", 405, None, (), method) for method in ("POST", "PUT", "OPTIONS")),
     ]
 
