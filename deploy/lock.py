@@ -43,6 +43,7 @@ REQUIREMENTS = [
     "pytest",
     "pytest-timeout",
     "hypothesis",
+    "schemathesis",
     "ruff",
     "mypy",
 ]

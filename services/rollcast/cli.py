@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand
 
-from rollcast import cli_env, cli_fleet
+from rollcast import cli_env, cli_fleet, cli_keys, cli_live
 from rollcast.errors import RollcastError, UsageError
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def _value_of(word: str, rest: Iterator[str]) -> str:
 
 
 app.add_typer(cli_env.verbs(WithOverrides, OVERRIDES), name="env")
+app.add_typer(cli_keys.verbs(), name="keys")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Settings of the run (docs/config.md).")]
 RunName = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run and of its folder.")]
@@ -387,6 +388,9 @@ def _run_dir(context: typer.Context) -> tuple[Path, list[str]]:
         else:
             others.append(word)
     return base, others
+
+
+cli_live.add(app, WithOverrides, _run_dir)
 
 
 def _only_run_dir(context: typer.Context) -> Path:

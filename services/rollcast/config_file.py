@@ -28,6 +28,7 @@ from rollcast.config import (
     sampling_refusal,
 )
 from rollcast.errors import ConfigError
+from rollcast.live.limits import Limits
 
 # ---- reading
 
@@ -136,8 +137,8 @@ def _literal(keys: list[str], text: str) -> Any:
 
 LISTS: dict[str, type[BaseModel]] = {"env": EnvSection, "env.rewards": RewardSection}
 """Lists of tables: `[[env]]` and, below one, `[[env.rewards]]`."""
-TABLES: dict[str, type[BaseModel]] = {"rollout.workers": WorkerRange}
-"""Tables in place of a value."""
+TABLES: dict[str, type[BaseModel]] = {"rollout.workers": WorkerRange, "serve.limits": Limits}
+"""Tables in a section, the first in place of a value."""
 
 
 class Problem(NamedTuple):
@@ -257,7 +258,8 @@ def config_reference() -> str:
     parts = [_INTRODUCTION]
     for name, section in _sections():
         header = f"[[{name}]]" if name in LISTS else f"[{name}]"
-        rows = [_row(_key(*item), item[1]) for item in section.model_fields.items()]
+        fields = {key: field for key, field in section.model_fields.items() if field.annotation not in TABLES.values()}
+        rows = [_row(_key(*item), item[1]) for item in fields.items()]
         table = "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows])
         parts.append(f"## `{header}`\n\n{section.__doc__}\n\n{table}\n")
     return "\n".join(parts)

@@ -24,11 +24,12 @@ from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 from rollcast.buffer import PlayedGroup
 from rollcast.departures import Departures
 from rollcast.errors import RunFailed
+from rollcast.intake import Loaded
 from rollcast.ledger import Lease, Ledger
 from rollcast.prompts import PromptStream
 from rollcast.runner import Placed, Played, RolloutRunner, WorkerSpec
 from rollcast.weights import Store
-from rollcast.worker import Loaded, Occupation
+from rollcast.worker import Occupation
 from rollcast_learners.arena import TensorSpec
 from rollcast_learners.types import Prompt, Sampling, Trajectory, Weights
 

@@ -24,6 +24,7 @@ from rollcast.errors import RunDiverged, RunFailed
 from rollcast.evaluate import Evaluation, evaluation_prompts
 from rollcast.fleet import Fleet, FleetSettings
 from rollcast.ledger import Ledger
+from rollcast.live.alongside import serve_alongside
 from rollcast.plot import learning_curve
 from rollcast.probe import probe_tokens
 from rollcast.prompts import PromptStream
@@ -112,6 +113,8 @@ class Run(Session):
             while self.fleet.wanted and not self.fleet.ready() and self.stop.signal is None:
                 self._gather("rollout workers to start")
                 self._refuse_to_wait_beyond(deadline)
+        if config.serve.enabled:
+            serve_alongside(config, self.folder, self.progress.say)
 
     def _refuse_to_wait_beyond(self, deadline: float) -> None:
         if time.monotonic() > deadline:

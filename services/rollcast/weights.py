@@ -18,7 +18,11 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rollcast.engine_traces import sweep_dead
-from rollcast.worker import WeightsMissing, WeightsRefused
+from rollcast.intake import WeightsMissing, WeightsRefused
 from rollcast_learners.arena import InvalidWeights, TensorSpec, private_files, segments_of, validate
 from rollcast_learners.errors import LearnerLost
 from rollcast_learners.types import Weights
@@ -59,6 +63,16 @@ def sweep_abandoned(root: Path = SHARED_MEMORY) -> list[Path]:
         sweep_dead(folder)
         shutil.rmtree(folder, ignore_errors=True)
     return folders
+
+
+@contextmanager
+def owned_folder(label: str) -> Iterator[Path]:
+    """A folder in shared memory for the record of an engine that belongs to no store. Should this process be killed,
+    the next run or `rollcast doctor --fix` sweeps up after it."""
+    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{label}-{os.getpid()}-", dir=SHARED_MEMORY) as folder:
+        owner = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+        (Path(folder) / OWNER).write_text(json.dumps(owner), encoding="utf-8")
+        yield Path(folder)
 
 
 def _owner_lives(owner: Path) -> bool:
@@ -92,6 +106,7 @@ class NodeAgent:
         owner = {"pid": os.getpid(), "started": psutil.Process().create_time()}
         (self.folder / OWNER).write_text(json.dumps(owner), encoding="utf-8")
         self._readers: dict[int, set[str]] = {}
+        self._until: dict[str, float] = {}
         self._copies: dict[int, tuple[str, ...]] = {}
         self._orphans: set[int] = set()
         self._fetching = asyncio.Lock()
@@ -100,10 +115,15 @@ class NodeAgent:
     async def folder_path(self) -> str:
         return str(self.folder)
 
-    async def acquire(self, weights: Weights, reader: str, home: Any) -> str | Missing:
-        """Counts `reader` in and returns the folder of the version's files on this node."""
+    async def acquire(self, weights: Weights, reader: str, home: Any, within_s: float | None = None) -> str | Missing:
+        """Counts `reader` in and returns the folder of the version's files on this node.
+
+        A reader whose death nobody would tell says how long it reads at most: it is forgotten after `within_s`.
+        """
         if weights.version < self._oldest:
             return Missing("it is superseded and gone; a newer one was announced", passing=False)
+        if within_s is not None:
+            self._until[reader] = time.monotonic() + within_s
         self._readers.setdefault(weights.version, set()).add(reader)
         if weights.home == self.node:
             return weights.folder
@@ -127,6 +147,7 @@ class NodeAgent:
 
     async def forget(self, reader: str) -> None:
         """A reader died: it reads nothing any more."""
+        self._until.pop(reader, None)
         for readers in self._readers.values():
             readers.discard(reader)
         self._remove_orphans()
@@ -143,6 +164,8 @@ class NodeAgent:
 
     async def free(self, below: int) -> list[int]:
         """Versions below `below` that nobody reads. They cannot be acquired from now on; copies are removed."""
+        for reader in [name for name, until in self._until.items() if until < time.monotonic()]:
+            await self.forget(reader)
         unread = [v for v in range(self._oldest, below) if not self._readers.get(v)]
         # Versions are given back in order, so that one number says what is gone.
         freed = [v for position, v in enumerate(unread) if v == self._oldest + position]
@@ -159,7 +182,7 @@ class NodeAgent:
 
     async def save(self, weights: Weights, target: str) -> None:
         """Copies a version's files into the run folder, with its manifest: a model folder's safetensors."""
-        await asyncio.to_thread(_save, weights, self.folder, Path(target))
+        await asyncio.to_thread(save_policy, weights, self.folder, Path(target))
 
     async def close(self) -> None:
         sweep_dead(self.folder)
@@ -181,7 +204,8 @@ class NodeAgent:
         self._copies[weights.version] = weights.segments
 
 
-def _save(weights: Weights, folder: Path, target: Path) -> None:
+def save_policy(weights: Weights, folder: Path, target: Path) -> None:
+    """Copies a version's files to the folder `target`, with its manifest: whole, or not at all."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -204,7 +228,7 @@ class StoreHandle:
     agents: dict[str, Any]
     specs: tuple[TensorSpec, ...]
 
-    async def pull(self, weights: Weights, reader: str) -> str:
+    async def pull(self, weights: Weights, reader: str, within_s: float | None = None) -> str:
         """Brings a version to this node and validates it; the caller releases it when read.
 
         Raises `WeightsRefused`, and `WeightsMissing` where it did not arrive but may on another try.
@@ -214,7 +238,7 @@ class StoreHandle:
             where = "this node" if local is None else f"node {weights.home[:8]}"
             raise WeightsMissing(f"version {weights.version}: {where} has no agent of the weight store")
         try:
-            folder = await local.acquire.remote(weights, reader, home)
+            folder = await local.acquire.remote(weights, reader, home, within_s)
         except RayActorError as error:
             raise WeightsMissing(f"version {weights.version}: this node's agent of the store is gone") from error
         if isinstance(folder, Missing):
@@ -238,6 +262,11 @@ class StoreHandle:
             return None if self._local is None else Path(await self._local.folder_path.remote())
         except RayActorError:
             return None
+
+    @property
+    def reaches_here(self) -> bool:
+        """Whether this node had an agent when the handle was made."""
+        return ray.get_runtime_context().get_node_id() in self.agents
 
     @property
     def _local(self) -> Any:
