@@ -140,8 +140,8 @@ def packed_attention(
     lengths = packing.lengths
     # Split and cat, not slices: the gradient of a slice is a zero tensor as large as the whole batch.
     queries, keys, values = (tensor.split_with_sizes(lengths, 2) for tensor in (query, key, value))
-    if packing.parts:
-        part_keys, part_values = (tensor.split_with_sizes(list(packing.parts), 2) for tensor in (key, value))
+    parts = list(packing.parts) or lengths
+    part_keys, part_values = (tensor.split_with_sizes(parts, 2) for tensor in (key, value))
     shared = query.shape[1] != key.shape[1]
     outputs = []
     for piece, q, k, v in zip(packing.pieces, queries, keys, values, strict=True):
