@@ -114,6 +114,14 @@ def has_trained(run: LiveRun, worker: int) -> bool:
     return False
 
 
+def is_refused(second: LiveRun, first: LiveRun) -> None:
+    """A trainer of the same name whose folder is another one, as on a host without a shared disk."""
+    assert second.trainer.wait(90) == 2
+    told = " ".join(second.log.read_text().split())
+    assert "is being trained already" in told and f"process {first.trainer.pid} on" in told and "--run" in told
+    assert not second.folder.run_json.exists() and "Traceback" not in told
+
+
 def scaled(run: LiveRun, workers: int) -> float:
     """Asks for so many and waits until they are there; seconds until then."""
     begun = time.monotonic()
@@ -124,9 +132,11 @@ def scaled(run: LiveRun, workers: int) -> float:
 
 
 @pytest.mark.ray
-def test_scaling_while_it_trains_loses_nothing(starts: Starts) -> None:
+def test_scaling_while_it_trains_loses_nothing(starts: Starts, three: Nodes, tmp_path: Path, tiny_bf16: str) -> None:
     run = starts("scaled", "--env.0.kwargs.seconds", "0.4", "--eval.every", "3", "--eval.samples", "8")
     run.waits_until(lambda: run.status().get("workers") == 1, 120)
+    (tmp_path / "elsewhere").mkdir()
+    second = LiveRun(three.environment, tmp_path / "elsewhere", "scaled", tiny_bf16, *SLOW)
     before = run.goes_on(3)
     took = scaled(run, 4)
     run.waits_until(lambda: all(has_trained(run, worker) for worker in (1, 2, 3)), 60 - took)
@@ -135,6 +145,11 @@ def test_scaling_while_it_trains_loses_nothing(starts: Starts) -> None:
     run.goes_on(2)
     scaled(run, 3)
     run.goes_on(2)
+    is_refused(second, run)
+    folder, run.folder = run.folder, RunDir(tmp_path / "nobody")
+    code, said = run.asks("pause")
+    assert code == 2 and "no live run" in said and "live there: scaled" in said, said
+    run.folder = folder
 
     events = Counter(event["event"] for event in run.events())
     assert events["return"] == events["refused"] == events["failed"] == 0, "what leaving workers played was finished"
@@ -154,25 +169,6 @@ def test_scaling_while_it_trains_loses_nothing(starts: Starts) -> None:
     assert sorted(waited(with_four))[1] < sorted(waited(before))[1], "four workers play faster than one"
     kept = checkpoint.newest(run.folder.checkpoints, print)
     assert kept is not None and kept.step == rows[-1]["step"]
-
-
-@pytest.mark.ray
-def test_a_second_trainer_of_that_name_is_refused_on_another_node(starts: Starts, tmp_path: Path, three: Nodes) -> None:
-    """Its folder is another one, as on another host without a shared disk: the name on the cluster is what counts."""
-    run = starts("twice", "--env.0.kwargs.seconds", "0.1")
-    run.waits_until(lambda: run.status().get("workers") == 1, 120)
-    (tmp_path / "elsewhere").mkdir()
-    model = str(write_tiny_model(tmp_path / "model"))
-    second = LiveRun(three.environment, tmp_path / "elsewhere", "twice", model, *SLOW)
-    assert second.trainer.wait(90) == 2
-    told = " ".join(second.log.read_text().split())
-    assert "twice is being trained already" in told and f"process {run.trainer.pid} on" in told and "--run" in told
-    assert not second.folder.run_json.exists() and "Traceback" not in told
-    run.goes_on(1)
-    run.folder = RunDir(tmp_path / "nobody")
-    code, told = run.asks("pause")
-    assert code == 2 and "no live run" in told and "twice" in told, told
-    run.folder = RunDir(tmp_path / "twice")
 
 
 @pytest.fixture(scope="module")
