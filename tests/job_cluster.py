@@ -12,13 +12,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import requests
+from ray.util.state import list_actors
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = os.pathsep.join(str(ROOT / source) for source in ("services", "learners", "envs"))
+RAYS_OWN = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+STALE = 66
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,14 @@ class JobCluster:
         """Of somebody outside who may use the cluster."""
         others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         return {**others, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "RAY_USAGE_STATS_ENABLED": "0"}
+
+    def rollcast(self, folder: Path, *words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+        """The command, typed in `folder` by somebody outside."""
+        environ = self.environment() | {"PYTHONPATH": SOURCES, **variables}
+        command = [sys.executable, "-m", "rollcast", *words]
+        return subprocess.run(
+            command, cwd=folder, env=environ, capture_output=True, text=True, timeout=300, check=False
+        )
 
     def processes(self) -> list[psutil.Process]:
         return self.process.children(recursive=True)
@@ -110,3 +124,44 @@ def _end(cluster: JobCluster, started: "subprocess.Popen[bytes]") -> None:
     _, alive = psutil.wait_procs(left, timeout=10)
     for process in alive:
         process.kill()
+
+
+# ---- what is submitted, and what must not be left of it
+
+
+def stale_rollcast(folder: Path) -> Path:
+    """An older rollcast: whoever imports it ends with exit code 66."""
+    for name in ("rollcast", "rollcast_learners", "rollcast_envs"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(f"raise SystemExit({STALE})\n", encoding="utf-8")
+    return folder
+
+
+def write_config(path: Path, model: str, runs: Path) -> None:
+    """A run with the scripted engine, of a model and into a folder of the cluster's."""
+    text = (ROOT / "deploy" / "configs" / "scripted.toml").read_text(encoding="utf-8")
+    text = text.replace("models/smollm2-135m-instruct", model).replace("[run]", f'[run]\ndir = "{runs}"')
+    path.write_text(text, encoding="utf-8")
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, told: Callable[[], str]) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, told()
+        time.sleep(0.1)
+
+
+def assert_nothing_left(cluster: JobCluster, runs: Collection[str]) -> None:
+    """No actor, no process that plays or learns, no shared memory of these runs."""
+
+    def left() -> list[str]:
+        actors = list_actors(cluster.url, filters=[("state", "!=", "DEAD")])
+        found = [f"actor {actor.class_name} {actor.state}" for actor in actors]
+        for process in cluster.processes():
+            with suppress(psutil.NoSuchProcess):
+                line = " ".join(process.cmdline()).strip()
+                if "-m rollcast" in line or (line.startswith("ray::") and line not in RAYS_OWN):
+                    found.append(f"process {process.pid} {line}")
+        return found + [str(path) for run in runs for path in Path("/dev/shm").glob(f"rollcast-{run}-*")]
+
+    wait_for(lambda: not left(), 30, lambda: str(left()))

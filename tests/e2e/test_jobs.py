@@ -9,35 +9,33 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from ray.util.state import list_actors
 
-from job_cluster import JobCluster, free_ports, job_cluster
+from job_cluster import (
+    JobCluster,
+    assert_nothing_left,
+    free_ports,
+    job_cluster,
+    stale_rollcast,
+    wait_for,
+    write_config,
+)
 from rollcast import checkpoint, cli, metrics
 from rollcast.jobs import Jobs
 from rollcast.rundir import RunDir
 from rollcast.submitted import SOURCES as CODE
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTED = ROOT / "deploy" / "configs" / "scripted.toml"
-SOURCES = os.pathsep.join(str(ROOT / source) for source in ("services", "learners", "envs"))
-STALE = 66
-RAYS_OWN = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobCluster]:
-    stale = tmp_path_factory.mktemp("stale")
-    for name in ("rollcast", "rollcast_learners", "rollcast_envs"):
-        (stale / name).mkdir()
-        (stale / name / "__init__.py").write_text(f"raise SystemExit({STALE})\n")
+    stale = stale_rollcast(tmp_path_factory.mktemp("stale"))
     with job_cluster(environment={"PYTHONPATH": str(stale)}) as started:
         yield started
 
@@ -52,26 +50,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def project(tmp_path_factory: pytest.TempPathFactory, data: Path, tiny_bf16: str) -> Path:
     """Somebody's folder: a configuration, and what must not be shipped."""
     folder = tmp_path_factory.mktemp("project")
-    text = SCRIPTED.read_text().replace("models/smollm2-135m-instruct", tiny_bf16)
-    (folder / "tiny.toml").write_text(text.replace("[run]", f'[run]\ndir = "{data}/runs"'))
+    write_config(folder / "tiny.toml", tiny_bf16, data / "runs")
     for name in (".venv", "models", "runs"):
         (folder / name).mkdir()
         (folder / name / "large.bin").write_bytes(os.urandom(1 << 20))
     return folder
 
 
-def rollcast(cluster: JobCluster, folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    """The command, typed outside of the cluster by somebody who has its token."""
-    command = [sys.executable, "-m", "rollcast", *words]
-    environ = cluster.environment() | {"PYTHONPATH": SOURCES}
-    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=240, check=False)
-
-
 @pytest.fixture(scope="module")
 def followed(cluster: JobCluster, project: Path) -> "subprocess.CompletedProcess[str]":
     """One run, submitted and seen through to its end."""
     words = ["tiny.toml", "--run", "first", "--run.steps", "2", "--address", cluster.url, "--follow"]
-    return rollcast(cluster, project, "submit", *words)
+    return cluster.rollcast(project, "submit", *words)
 
 
 def test_a_submitted_run_is_followed_to_its_end(
@@ -89,19 +79,19 @@ def test_it_is_listed_told_and_heard_from_outside(
     followed: "subprocess.CompletedProcess[str]", cluster: JobCluster, project: Path
 ) -> None:
     at = ("--address", cluster.url)
-    (listed,) = json.loads(rollcast(cluster, project, "runs", *at, "--json").stdout)
+    (listed,) = json.loads(cluster.rollcast(project, "runs", *at, "--json").stdout)
     assert (listed["run"], listed["status"], listed["exit_code"]) == ("first", "SUCCEEDED", 0)
-    told = rollcast(cluster, project, "status", "first", *at, "--json")
+    told = cluster.rollcast(project, "status", "first", *at, "--json")
     assert told.returncode == 0, told.stdout + told.stderr
     assert (json.loads(told.stdout)["state"], json.loads(told.stdout)["step"]) == ("finished", 2)
-    heard = rollcast(cluster, project, "logs", "first", *at)
+    heard = cluster.rollcast(project, "logs", "first", *at)
     assert heard.stdout.strip() == followed.stdout.strip()
 
 
 def test_its_exit_code_comes_through(cluster: JobCluster, project: Path) -> None:
     """What only the cluster can find out: a run folder that cannot be written there."""
     words = ["tiny.toml", "--run", "unwritable", "--run.dir", "/dev/null/runs", "--address", cluster.url, "--follow"]
-    done = rollcast(cluster, project, "submit", *words)
+    done = cluster.rollcast(project, "submit", *words)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "run.dir: '/dev/null/runs/unwritable' cannot be written" in done.stdout and "Traceback" not in done.stdout
 
@@ -135,7 +125,7 @@ def test_a_plain_job_restarts_after_a_crash_and_saves_when_it_is_stopped(
     versions = [row["policy_version"] for row in metrics.read(folder.metrics)]
     assert versions == sorted(set(versions)) and versions[-1] > highest, "versions only grow"
 
-    stopped = rollcast(cluster, ROOT, "stop", "again", "--address", cluster.url)
+    stopped = cluster.rollcast(ROOT, "stop", "again", "--address", cluster.url)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     job = jobs.info("plain")
     assert (job.status, job.run, job.run_dir) == ("STOPPED", "again", str(data / "runs"))
@@ -214,45 +204,15 @@ def test_an_unknown_run_is_refused_with_those_there_are(
 
 def test_a_cluster_that_is_not_there_or_does_not_let_in(cluster: JobCluster, project: Path) -> None:
     (port,) = free_ports(1)
-    nobody = rollcast(cluster, project, "runs", "--address", f"http://127.0.0.1:{port}")
+    nobody = cluster.rollcast(project, "runs", "--address", f"http://127.0.0.1:{port}")
     assert nobody.returncode == 2 and "does not answer" in nobody.stderr and "Traceback" not in nobody.stderr
-    environ = cluster.environment() | {"PYTHONPATH": SOURCES, "RAY_AUTH_TOKEN": "0" * 64}
-    command = [sys.executable, "-m", "rollcast", "runs", "--address", cluster.url]
-    stranger = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    stranger = cluster.rollcast(project, "runs", "--address", cluster.url, RAY_AUTH_TOKEN="0" * 64)
     assert stranger.returncode == 2 and "does not let this user in" in stranger.stderr, stranger.stderr
     assert "Traceback" not in stranger.stderr
 
 
 def test_nodes_with_another_rollcast_are_refused_by_a_plan(cluster: JobCluster, project: Path) -> None:
     """`train` on a cluster ships nothing: the nodes import what is installed there, here the stale one."""
-    environ = cluster.environment() | {"PYTHONPATH": SOURCES, "RAY_ADDRESS": cluster.address}
-    command = [sys.executable, "-m", "rollcast", "train", "tiny.toml", "--dry-run"]
-    done = subprocess.run(command, cwd=project, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    done = cluster.rollcast(project, "train", "tiny.toml", "--dry-run", RAY_ADDRESS=cluster.address)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "rollcast cannot be run on node" in done.stderr and "Traceback" not in done.stderr
-
-
-# ---- what is shared
-
-
-def wait_for(condition: Callable[[], bool], seconds: float, told: Callable[[], str]) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, told()
-        time.sleep(0.1)
-
-
-def assert_nothing_left(cluster: JobCluster, runs: Collection[str]) -> None:
-    """No actor, no process that plays or learns, no shared memory of these runs."""
-
-    def left() -> list[str]:
-        actors = list_actors(cluster.url, filters=[("state", "!=", "DEAD")])
-        found = [f"actor {actor.class_name} {actor.state}" for actor in actors]
-        for process in cluster.processes():
-            with suppress(psutil.NoSuchProcess):
-                line = " ".join(process.cmdline()).strip()
-                if "-m rollcast" in line or (line.startswith("ray::") and line not in RAYS_OWN):
-                    found.append(f"process {process.pid} {line}")
-        return found + [str(path) for run in runs for path in Path("/dev/shm").glob(f"rollcast-{run}-*")]
-
-    wait_for(lambda: not left(), 30, lambda: str(left()))
