@@ -45,7 +45,7 @@ def connected(config: RunConfig) -> Iterator[str]:
     if ray.is_initialized():  # A caller's own session: tests, notebooks.
         yield ray.get_runtime_context().gcs_address
         return
-    with _session():
+    with session():
         require_devices(config)
         if cluster_address() is not None:
             require_views(config, run_directory(config))
@@ -53,9 +53,10 @@ def connected(config: RunConfig) -> Iterator[str]:
 
 
 @contextmanager
-def _session() -> Iterator[None]:
+def session() -> Iterator[str]:
+    """Connected for a time; gives the address of the dashboard, empty where there is none."""
     address = os.environ.get("RAY_ADDRESS")
-    ray.init(
+    context = ray.init(
         address=address,
         namespace=NAMESPACE,
         include_dashboard=False if address is None else None,
@@ -64,7 +65,7 @@ def _session() -> Iterator[None]:
         runtime_env={"env_vars": environment()},
     )
     try:
-        yield
+        yield context.dashboard_url or ""
     finally:
         ray.shutdown()
 
@@ -96,7 +97,7 @@ def require_views(config: RunConfig, run_dir: Path | None) -> None:
 
 def examined(config: RunConfig) -> list[preflight.Node]:
     """The nodes of the cluster that RAY_ADDRESS names, for a plan. Raises as a start there would."""
-    with _session():
+    with session():
         require_devices(config)
         require_views(config, None)
         return survey.nodes()
