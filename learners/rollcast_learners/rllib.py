@@ -327,6 +327,9 @@ def _group(config: LMConfig) -> LearnerGroup:
         return LearnerGroup(config=config, module_spec=config.get_default_rl_module_spec())
     except RayActorError as error:
         why = _last_line(error)
+    except TimeoutError:  # Ray Train's, for the place of all of them together.
+        each = f"{config.num_cpus_per_learner:g} CPUs and {config.num_gpus_per_learner:g} GPUs"
+        why = f"Ray found no place for {config.num_learners} learners with {each} each within its time."
     # Raised only here, where no traceback holds on to the half-made group: its other learners end with it.
     raise LearnerLost(why)
 

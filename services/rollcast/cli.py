@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand
 
-from rollcast import cli_env, cli_jobs
+from rollcast import cli_env, cli_fleet, cli_jobs
 from rollcast.cli_jobs import Address, Restarts
 from rollcast.errors import RollcastError, UsageError
 from rollcast.submitted import imported, refuse_other_code, refuse_passing_folder
@@ -434,6 +434,9 @@ def _only_run_dir(context: typer.Context) -> Path:
             f"{name} changes nothing here", "the run is only looked at", "only --run.dir is of use; leave it out"
         )
     return base
+
+
+cli_fleet.add_verbs(app, WithOverrides, _only_run_dir)
 
 
 def _overrides(context: typer.Context, run: str | None = None) -> list[str]:

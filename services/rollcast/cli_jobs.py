@@ -79,14 +79,3 @@ def add(
             show_logs_there(address, run, follow)
         else:
             show_logs(find(run, run_dir(context)), follow)
-
-    @app.command(epilog="Example: rollcast stop demo --address http://head:8265")
-    def stop(
-        run: Annotated[str, typer.Argument(metavar="RUN", help="A run.")],
-        address: Address = None,
-    ) -> None:
-        """End a run."""
-        from rollcast.job_verbs import stop_job
-
-        assert address is not None
-        stop_job(address, run)

@@ -14,7 +14,7 @@ import ray
 
 from rollcast import preflight, survey
 from rollcast.config import RunConfig
-from rollcast.plan import cluster_address, is_hub_id, processes_of, run_directory
+from rollcast.plan import Process, cluster_address, is_hub_id, processes_of, run_directory
 from rollcast.submitted import job_variables
 
 Dtype = Literal["bfloat16", "float32"]
@@ -70,6 +70,12 @@ def session() -> Iterator[str]:
         ray.shutdown()
 
 
+def namespace() -> str:
+    """In which the run's named actors are found: `NAMESPACE`, or that of a caller's own session."""
+    found: str = ray.get_runtime_context().namespace
+    return found
+
+
 def environment() -> dict[str, str]:
     """`ENVIRONMENT`, less what a submitted job sets itself: Ray refuses a variable that is set in both places."""
     return {name: value for name, value in ENVIRONMENT.items() if name not in job_variables()}
@@ -101,6 +107,13 @@ def examined(config: RunConfig) -> list[preflight.Node]:
         require_devices(config)
         require_views(config, None)
         return survey.nodes()
+
+
+def most_workers(config: RunConfig) -> int:
+    """How many rollout workers the cluster holds beside the learners: each whole on one node."""
+    found = {it.name: it for it in processes_of(config)}
+    learners = found.get("learner", Process("learner", 0, 1, 0, ""))
+    return max(preflight.most_beside(learners, found["rollout worker"], survey.nodes()), 0)
 
 
 def compute_dtype(config: RunConfig) -> Dtype:

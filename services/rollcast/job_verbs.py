@@ -186,8 +186,8 @@ def _newest(jobs: Jobs) -> Job:
     return found[0]
 
 
-def stop_job(address: str, run: str) -> None:
-    """Ends the job of a run, which saves a checkpoint first, and waits for it."""
+def stop_job(address: str, run: str, within_s: float, as_json: bool) -> None:
+    """Ends the job of a run, which saves a checkpoint first, and waits for it; 0 does not wait."""
     jobs = Jobs(address)
     job = jobs.find(run)
     if job.over:
@@ -200,8 +200,11 @@ def stop_job(address: str, run: str) -> None:
             f"{STOP_WAIT_S} in the runtime_env.",
         )
     typer.echo(f"stopping {job.run}: it saves a checkpoint first", err=True)
-    ended = jobs.stop(job)
-    typer.echo(f"{job.run}: {ended.status.lower()}")
+    now = jobs.stop(job, within_s)
+    if as_json:
+        typer.echo(json.dumps(asdict(now)))
+    else:
+        typer.echo(f"{job.run}: {now.status.lower()}")
 
 
 # ---- logs

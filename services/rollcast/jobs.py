@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -164,14 +165,19 @@ class Jobs:
         assert found is not None, "it is asked for by the id of a run's job"
         return found
 
-    def stop(self, job: Job) -> Job:
+    def stop(self, job: Job, within_s: float) -> Job:
         """Asks the job to save and end, and waits until it has. Returns it as it is then."""
         with _telling(self.address):
             self._client.stop_job(job.id)
-        return self.wait(job.id)
+        return self.wait(job.id, within_s) if within_s else self.info(job.id)
 
-    def wait(self, job: str) -> Job:
+    def wait(self, job: str, within_s: float = inf) -> Job:
+        """Until it is over. Raises `RunFailed` when that takes longer."""
+        deadline = time.monotonic() + within_s
         while not (found := self.info(job)).over:
+            if time.monotonic() > deadline:
+                what = f"Job {job} has not ended within {within_s:g} s."
+                raise RunFailed(what, "It was asked to, and saves a checkpoint first.", "See `rollcast logs`.")
             time.sleep(LOOK_EVERY_S)
         return found
 

@@ -39,7 +39,14 @@ class WorkerSpec:
 
     config: RunConfig
     dtype: str
-    store: StoreHandle
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where Ray has put a worker. Worker -> fleet."""
+
+    node: str
+    gpu_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +65,21 @@ class RolloutRunner(EnvRunner):
         self.spec = spec
         self.name = f"worker-{worker_id}"
         self.worker: RolloutWorker | None = None
+        self.store: StoreHandle | None = None
 
     async def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The manager's way in. RLlib's own exits the process on any exception; here a bug is told to the caller."""
         result = func(self, *args, **kwargs)
         return await result if inspect.isawaitable(result) else result
 
-    async def start(self, weights: Weights) -> Loaded:
-        """Starts the engine and takes in the current policy. Minutes on a large model."""
+    async def place(self) -> Placed:
+        """Answered as soon as the worker has a place on the cluster."""
+        context = ray.get_runtime_context()
+        return Placed(context.get_node_id(), tuple(context.get_accelerator_ids().get("GPU", ())))
+
+    async def start(self, store: StoreHandle) -> None:
+        """Starts the engine, which has no policy of the run yet. Minutes on a large model."""
+        self.store = store
         rollout = self.spec.config.rollout
         codec = ChatCodec.of(self.spec.config.model)
         self.worker = RolloutWorker(
@@ -76,7 +90,6 @@ class RolloutRunner(EnvRunner):
             self.spec.config.weights.probe_max_gap,
         )
         self._watch = asyncio.ensure_future(self._exit_with_engine())
-        return await self.load(weights)
 
     async def sample(self, lease: int, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> Played:
         try:
@@ -84,14 +97,19 @@ class RolloutRunner(EnvRunner):
         except EngineDied as error:
             self._exit(error)
 
-    async def load(self, weights: Weights) -> Loaded:
-        """Takes in an announced policy: see `RolloutWorker.load`."""
+    async def load(self, weights: Weights, store: StoreHandle) -> Loaded:
+        """Takes in an announced policy: see `RolloutWorker.load`. `store` knows the nodes that joined since."""
+        self.store = store
+
+        async def pull(weights: Weights) -> str:
+            return await store.pull(weights, self.name)
+
         try:
-            return await self._started.load(weights, self._pull)
+            return await self._started.load(weights, pull)
         except EngineDied as error:
             self._exit(error)
         finally:
-            await self.spec.store.release(weights.version, self.name)
+            await store.release(weights.version, self.name)
 
     async def occupation(self) -> Occupation:
         return self._started.occupation()
@@ -127,9 +145,6 @@ class RolloutRunner(EnvRunner):
         assert self.worker is not None, "the fleet calls start() first and waits for it"
         return self.worker
 
-    async def _pull(self, weights: Weights) -> str:
-        return await self.spec.store.pull(weights, self.name)
-
     @property
     def _loaded_adapter(self) -> LoraSettings | None:
         """The adapters that the engine adds itself; none where policies arrive whole."""
@@ -151,7 +166,10 @@ class RolloutRunner(EnvRunner):
             return TorchSampler(path, self.spec.dtype, rollout.max_model_len, trusted, self._loaded_adapter)
         from rollcast.vllm_sampler import VllmSampler
 
-        folder = await self.spec.store.folder()
+        assert self.store is not None, "an engine is started by start()"
+        folder = await self.store.folder()
+        if folder is None:
+            self._exit("the weight store's agent on this node is gone")
         sweep_dead(folder)
         return await VllmSampler.start(
             path,

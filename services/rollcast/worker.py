@@ -31,12 +31,18 @@ class WeightsRefused(ValueError):
     """A published policy failed validation; the engine was not touched."""
 
 
+class WeightsMissing(WeightsRefused):
+    """A published policy did not arrive; it may on another try."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """What became of an announcement. Worker -> fleet."""
 
     version: int
     refused: str | None = None
+    missing: bool = False
+    """Refused only because it did not arrive."""
     pull_s: float = 0.0
     pause_s: float = 0.0
     load_s: float = 0.0
@@ -113,7 +119,7 @@ class RolloutWorker:
             except WeightsRefused as refusal:
                 self._refused = weights.version
                 await self._tell()
-                return Loaded(self.version, refused=str(refusal))
+                return Loaded(self.version, str(refusal), isinstance(refusal, WeightsMissing))
             pull_s = time.monotonic() - started
             self._trusted.clear()
             try:
@@ -127,7 +133,7 @@ class RolloutWorker:
                 ) from error
             self._trusted.set()
             await self._tell()
-        return Loaded(weights.version, None, pull_s, report.pause_s, report.load_s, gap_mean, gap_max)
+        return Loaded(weights.version, None, False, pull_s, report.pause_s, report.load_s, gap_mean, gap_max)
 
     async def _tell(self) -> None:
         """Whoever waits for a version looks again."""

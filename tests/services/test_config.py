@@ -115,6 +115,10 @@ def test_an_unknown_key_is_refused_with_the_nearest(file: Path, unknown: str, ne
     "override",
     [
         "rollout.workers=0",
+        "rollout.workers=two",
+        "rollout.workers=1.5",
+        "rollout.workers={min = -1, max = 2}",
+        "rollout.workers={min = 1, max = 2, most = 3}",
         "buffer.max_staleness=-1",
         "rollout.temperature=0",
         "rollout.gpus_per_worker=1.5",
@@ -198,6 +202,20 @@ def test_a_broken_file_is_told_in_words(tmp_path: Path, text: str, expected: str
     path = tmp_path / "broken.toml"
     path.write_text(text)
     assert expected in str(refused(path))
+
+
+def test_workers_are_a_number_or_bounds(file: Path) -> None:
+    rollout = load_config(file, ["--rollout.workers.min=0", "--rollout.workers.max=4"]).rollout
+    assert rollout.fleet_bounds == (0, 4) and rollout.first_workers == 1
+    assert load_config(file, ["--rollout.workers={min = 2, max = 4}"]).rollout.first_workers == 2
+    fixed = load_config(file, ["--rollout.workers=3"])
+    assert fixed.rollout.fleet_bounds == (3, 3) and fixed.rollout.first_workers == 3
+    assert fixed.without_rollouts().rollout.first_workers == 0
+    again = load_config(file, ["--rollout.workers={min = 2, max = 4}"])
+    file.write_text(again.to_toml())
+    assert load_config(file) == again
+    assert "above max = 4" in refused(file, "--rollout.workers.min=5").why
+    assert "rollout.workers.max is missing" in str(refused(file, "--rollout.workers={min = 1}"))
 
 
 def test_what_cannot_be_read_is_told_in_words(tmp_path: Path) -> None:

@@ -91,6 +91,19 @@ def test_a_lost_worker_gives_back_its_own_leases_only(ledger: Ledger) -> None:
     assert ledger.accept(other)
 
 
+def test_what_a_leaving_worker_hands_back_was_no_try(ledger: Ledger, tmp_path: Path) -> None:
+    for _ in range(2 * MAX_ATTEMPTS):
+        lease, other = ledger.lease(0), ledger.lease(1)
+        assert (lease.group, lease.attempt) == (0, 1)
+        assert ledger.hand_back(0) == [lease] and ledger.hand_back(0) == []
+        assert not ledger.accept(lease), "it may still be on its way"
+        assert ledger.accept(other)
+        ledger.put_back(other.group, "stale")
+        assert counts(ledger) == (2, 0, 0, 0)
+    ledger.flush()
+    assert {"event": "return", "group": 0, "why": "worker left"} in events(tmp_path)
+
+
 def test_three_lost_attempts_fail_a_group(ledger: Ledger, tmp_path: Path) -> None:
     for attempt in range(1, MAX_ATTEMPTS + 1):
         assert (ledger.lease(attempt).group, counts(ledger)) == (0, (0, 1, 0, 0))

@@ -171,7 +171,7 @@ def test_status_of_a_finished_run(base: Path, capsys: pytest.CaptureFixture[str]
     found = told_json(capsys, "status", "tiny", "--run.dir", str(base))
     rows = metrics.read(base / "tiny" / "metrics.jsonl")
     assert (found["state"], found["step"], found["total_steps"], found["policy_version"]) == ("finished", 2, 2, 2)
-    assert found["fleet"] == {"workers": 1, "restarts": 0}
+    assert found["fleet"] == {"workers": 1, "wanted": 1, "draining": 0, "restarts": 0}
     assert found["ledger"]["done"] == 4
     reward = found["figures"]["eval/QA-v0/reward"]
     assert (reward["step"], reward["since_step"], reward["now"]) == (2, 0, rows[-1]["eval/QA-v0/reward"])
@@ -489,6 +489,8 @@ def test_addresses_of_clusters(address: str, expected: tuple[str | None, int | N
 # ---- help
 
 
-@pytest.mark.parametrize("verb", ["status", "runs", "rollouts", "export", "eval", "doctor"])
+@pytest.mark.parametrize(
+    "verb", ["status", "runs", "rollouts", "export", "eval", "doctor", "scale", "pause", "resume", "stop"]
+)
 def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"Example: rollcast {verb}" in told(capsys, verb, "--help")

@@ -12,9 +12,10 @@ import torch
 from rollcast.chat import ChatCodec
 from rollcast.episode import EpisodeLimits
 from rollcast.sampler import ScriptedSampler
-from rollcast.weights import NodeAgent, Store, WeightsRefused, sweep_abandoned
+from rollcast.weights import NodeAgent, Store, StoreHandle, WeightsMissing, WeightsRefused, sweep_abandoned
 from rollcast.worker import RolloutWorker
 from rollcast_learners.arena import Arena, policy_specs, validate
+from rollcast_learners.rllib import LearnerLost
 from rollcast_learners.types import Prompt, Sampling, Weights
 
 TENSORS = {
@@ -163,3 +164,64 @@ def test_folders_of_dead_owners_are_swept_and_those_of_the_living_stay(tmp_path:
     (dead / "v0-0.safetensors").write_bytes(b"weights")
     assert sweep_abandoned(tmp_path) == [dead]
     assert living.folder.exists() and not dead.exists()
+
+
+# ---- nodes that go
+
+
+@pytest.mark.ray
+def test_a_policy_whose_home_is_gone_or_silent_is_missing_and_may_come_later(store: Store) -> None:
+    """Told by an agent on another node, to a worker that plays on with what it has."""
+    arena = Arena(store.folder, policy_specs(TENSORS))
+    weights = published(arena, 0, store.home)
+    elsewhere = ray.remote(NodeAgent).remote("test-weights", "another-node", 0, transfer_s=0.5)
+
+    class Silent:
+        async def read(self, name: str) -> None:
+            await asyncio.sleep(60)
+
+    silent = ray.remote(Silent).remote()
+    missing = ray.get(elsewhere.acquire.remote(weights, "worker-0", silent))
+    assert missing.passing and "did not send it within 0.5 s" in missing.why and store.home[:8] in missing.why
+    ray.kill(silent)
+    missing = ray.get(elsewhere.acquire.remote(weights, "worker-0", silent))
+    assert missing.passing and "is gone" in missing.why
+    folder = ray.get(elsewhere.acquire.remote(weights, "worker-0", store.agents[store.home]))
+    validate(weights, Path(folder), policy_specs(TENSORS))
+    ray.get(elsewhere.close.remote())
+    ray.kill(elsewhere)
+    arena.close()
+
+
+@pytest.mark.ray
+def test_without_an_agent_a_policy_is_missing(store: Store) -> None:
+    arena = Arena(store.folder, policy_specs(TENSORS))
+    weights = published(arena, 0, store.home)
+    handle = store.handle(policy_specs(TENSORS))
+    far = replace(weights, home="a-lost-node")
+    with pytest.raises(WeightsMissing, match="node a-lost-n has no agent"):
+        asyncio.run(handle.pull(far, "worker-0"))
+    with pytest.raises(WeightsMissing, match="this node has no agent"):
+        asyncio.run(StoreHandle({}, handle.specs).pull(weights, "worker-0"))
+    arena.close()
+
+
+@pytest.mark.ray
+def test_the_death_of_the_agent_at_home_is_the_learners(ray_cluster: str) -> None:
+    store = Store("test-home", ray.get_runtime_context().get_node_id(), 0)
+    folder = Path(store.folder)
+    handle = store.handle(policy_specs(TENSORS))
+    arena = Arena(store.folder, policy_specs(TENSORS))
+    weights = published(arena, 0, store.home)
+    ray.kill(store.agents[store.home])
+    with pytest.raises(LearnerLost, match=store.home[:8]):
+        store.free(0)
+    with pytest.raises(WeightsMissing, match="agent of the store is gone"):
+        asyncio.run(handle.pull(weights, "worker-0"))
+    store.begin_again(store.home, 1)
+    assert store.folder != str(folder) and not folder.exists(), "the new agent has swept up"
+    again = Arena(store.folder, policy_specs(TENSORS))
+    weights = published(again, 1, store.home)
+    assert asyncio.run(store.handle(policy_specs(TENSORS)).pull(weights, "worker-0")) == store.folder
+    again.close()
+    store.close()
