@@ -45,8 +45,11 @@ class JobCluster:
 
     def rollcast(self, folder: Path, *words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
         """The command, typed in `folder` by somebody outside."""
+        return self.python(folder, "-m", "rollcast", *words, **variables)
+
+    def python(self, folder: Path, *words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
         environ = self.environment() | {"PYTHONPATH": SOURCES, **variables}
-        command = [sys.executable, "-m", "rollcast", *words]
+        command = [sys.executable, *words]
         return subprocess.run(
             command, cwd=folder, env=environ, capture_output=True, text=True, timeout=300, check=False
         )

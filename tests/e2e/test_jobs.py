@@ -211,6 +211,17 @@ def test_a_cluster_that_is_not_there_or_does_not_let_in(cluster: JobCluster, pro
     assert "Traceback" not in stranger.stderr
 
 
+def test_doctor_asks_the_cluster(cluster: JobCluster, project: Path) -> None:
+    """The nodes import the stale rollcast unless a job ships another: doctor says so. Its dashboard wants the token."""
+    script = "from rollcast.doctor_cluster import examine; import json; print(json.dumps(examine('x')))"
+    done = cluster.python(project, "-c", script, RAY_ADDRESS=cluster.address)
+    assert done.returncode == 0, done.stderr
+    found = {name: (state, told) for name, state, told, _ in json.loads(done.stdout)}
+    assert found["dashboard"][0] == "ok" and "asks for the token" in found["dashboard"][1]
+    assert found["nodes"][0] == "ok" and "4 CPUs" in found["nodes"][1]
+    assert found["nodes agree"][0] == "fail" and "rollcast cannot be run on node" in found["nodes agree"][1]
+
+
 def test_nodes_with_another_rollcast_are_refused_by_a_plan(cluster: JobCluster, project: Path) -> None:
     """`train` on a cluster ships nothing: the nodes import what is installed there, here the stale one."""
     done = cluster.rollcast(project, "train", "tiny.toml", "--dry-run", RAY_ADDRESS=cluster.address)

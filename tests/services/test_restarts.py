@@ -59,39 +59,37 @@ sys.exit(Restarts(sys.argv[1:], sys.argv[1:], 5, lambda text: print(text, file=s
 """
 
 
-def supervised(tmp_path: Path, *then: str) -> "tuple[subprocess.Popen[bytes], psutil.Process]":
-    """A supervisor of its own process, and its child, once that runs."""
-    command = [sys.executable, "-c", SUPERVISOR, *child(tmp_path, "start", *then)]
-    process = subprocess.Popen(command, start_new_session=True)
+def supervised(tmp_path: Path, trap: str) -> "tuple[subprocess.Popen[bytes], psutil.Process]":
+    """A supervisor of its own process, and its child, once that waits for signals."""
+    notes = tmp_path / "starts"
+    waits = f"{trap.replace('NOTES', str(notes))}; echo start >> {notes}; while true; do sleep 0.05; done"
+    process = subprocess.Popen([sys.executable, "-c", SUPERVISOR, "/bin/sh", "-c", waits], start_new_session=True)
     deadline = time.monotonic() + 20
-    while not (tmp_path / "starts").exists() or not psutil.Process(process.pid).children():
+    while not notes.exists() or not notes.read_text():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     return process, psutil.Process(process.pid).children()[0]
 
 
-WAITS = 'trap "echo saved >> $0.out; exit 0" TERM; while true; do sleep 0.05; done'
+SAVES = 'trap "echo saved >> NOTES; exit 0" TERM'
 
 
 def test_sigterm_reaches_the_child_which_is_not_started_again(tmp_path: Path) -> None:
-    waits = WAITS.replace("$0.out", str(tmp_path / "starts"))
-    process, _ = supervised(tmp_path, waits)
+    process, _ = supervised(tmp_path, SAVES)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
     assert starts(tmp_path) == ["start", "saved"]
 
 
 def test_ctrl_c_comes_once_to_each_process_of_the_group(tmp_path: Path) -> None:
-    interrupted = f'trap "echo interrupted >> {tmp_path / "starts"}; exit 130" INT; while true; do sleep 0.05; done'
-    process, _ = supervised(tmp_path, interrupted)
+    process, _ = supervised(tmp_path, 'trap "echo interrupted >> NOTES; exit 130" INT')
     os.killpg(process.pid, signal.SIGINT)  # As a terminal does.
     assert process.wait(20) == 130
     assert starts(tmp_path) == ["start", "interrupted"]
 
 
 def test_a_killed_supervisor_leaves_no_child(tmp_path: Path) -> None:
-    waits = WAITS.replace("$0.out", str(tmp_path / "starts"))
-    process, below = supervised(tmp_path, waits)
+    process, below = supervised(tmp_path, SAVES)
     process.kill()
     process.wait()
     psutil.wait_procs([below], timeout=20)
