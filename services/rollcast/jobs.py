@@ -199,10 +199,16 @@ class Jobs:
         self, name: str, python: str, words: Sequence[str], environment: Mapping[str, Any], said: Mapping[str, str]
     ) -> str:
         command = shlex.join([python, "-m", "rollcast", *words])
-        with _telling(self.address):
-            started: str = self._client.submit_job(
-                entrypoint=command, submission_id=name, runtime_env=dict(environment), metadata=dict(said)
+        try:
+            with _telling(self.address):
+                started: str = self._client.submit_job(
+                    entrypoint=command, submission_id=name, runtime_env=dict(environment), metadata=dict(said)
+                )
+        except (ValueError, TypeError) as error:  # Of what Ray makes of the runtime_env, and of its 500 MiB at most.
+            fix = (
+                "Correct the file named with --runtime-env; leave large files out by its `excludes`, or by .gitignore."
             )
+            raise UsageError("The job cannot be shipped.", str(error), fix) from None
         return started
 
 

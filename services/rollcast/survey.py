@@ -44,17 +44,16 @@ def ask_nodes(
     task = ray.remote(num_cpus=0, max_retries=0)(look_around)
     asked = {}
     for it in _alive():
-        here = NodeAffinitySchedulingStrategy(it["NodeID"], soft=False)
-        name = it["NodeManagerAddress"]
-        asked[task.options(scheduling_strategy=here).remote(name, model, mark, engine, leftovers)] = name
+        there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(it["NodeID"], soft=False))
+        asked[there.remote(it["NodeManagerAddress"], model, mark, engine, leftovers)] = it
     done, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_WITHIN_S)
     for reference in silent:
         ray.cancel(reference, force=True)
     late = f"no answer within {ANSWER_WITHIN_S:.0f} s"
-    return [
-        *(_answer(reference, asked[reference]) for reference in done),
-        *(NodeReport(asked[reference], silent=late) for reference in silent),
-    ]
+    reports = {reference: _answer(reference, asked[reference]["NodeManagerAddress"]) for reference in done}
+    reports |= {it: NodeReport(asked[it]["NodeManagerAddress"], silent=late) for it in silent}
+    alive = {it["NodeID"] for it in _alive()}  # One that has gone meanwhile is not in the way.
+    return [report for reference, report in reports.items() if asked[reference]["NodeID"] in alive]
 
 
 def _answer(reference: Any, name: str) -> NodeReport:

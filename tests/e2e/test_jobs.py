@@ -51,6 +51,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, data: Path, tiny_bf16: str
     """Somebody's folder: a configuration, and what must not be shipped."""
     folder = tmp_path_factory.mktemp("project")
     write_config(folder / "tiny.toml", tiny_bf16, data / "runs")
+    (folder / "both.yaml").write_text("{pip: [a], conda: b}")
     for name in (".venv", "models", "runs"):
         (folder / name).mkdir()
         (folder / name / "large.bin").write_bytes(os.urandom(1 << 20))
@@ -165,6 +166,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["--working-dir", "models"], "tiny.toml is not shipped with the job"),
         (["--working-dir", "nowhere"], "--working-dir nowhere: there is no such folder"),
         (["--runtime-env", "tiny.toml"], "tiny.toml: "),
+        (["--runtime-env", "both.yaml"], "The job cannot be shipped."),
         (["--learner.epocs", "2"], "learner.epocs"),
     ],
 )
