@@ -31,7 +31,7 @@ ONLY_IN: dict[str, dict[str, tuple[str, ...]]] = {
 # What can be read, tested and imported without a cluster or a model.
 PLAIN = (
     *("buffer", "chat", "config", "environments", "episode", "errors"),
-    *("ledger", "plan", "prompts", "rundir", "sampler", "worker"),
+    *("interpreter", "ledger", "plan", "preflight", "prompts", "restarts", "rundir", "sampler", "submitted", "worker"),
 )
 HEAVY = ("torch", "ray", "vllm", "transformers")
 

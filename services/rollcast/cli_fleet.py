@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
 
+from rollcast.cli_jobs import Address
 from rollcast.errors import RunFailed, UsageError
 
 RunName = Annotated[
@@ -33,24 +34,50 @@ def add_verbs(app: typer.Typer, with_overrides: type[TyperCommand], run_dir: Cal
     """Adds the verbs to `app`; `run_dir` tells the folder of all runs from the context."""
 
     @app.command(cls=with_overrides, epilog="Example: rollcast scale demo 4")
-    def scale(context: typer.Context, run: RunName, workers: Workers, as_json: AsJson = False) -> None:
+    def scale(
+        context: typer.Context, run: RunName, workers: Workers, address: Address = None, as_json: AsJson = False
+    ) -> None:
         """Change how many rollout workers a live run has; leaving ones finish what they play."""
+        if address is not None:
+            _there(address, "scale", run, [workers], as_json)
         _ask(run, run_dir(context), {"workers": _number(workers)}, as_json)
 
     @app.command(cls=with_overrides, epilog="Example: rollcast pause demo")
-    def pause(context: typer.Context, run: RunName, as_json: AsJson = False) -> None:
+    def pause(context: typer.Context, run: RunName, address: Address = None, as_json: AsJson = False) -> None:
         """Let a live run rest after its present step; it keeps its processes."""
+        if address is not None:
+            _there(address, "pause", run, [], as_json)
         _ask(run, run_dir(context), {"paused": True}, as_json)
 
     @app.command(cls=with_overrides, epilog="Example: rollcast resume demo")
-    def resume(context: typer.Context, run: RunName, as_json: AsJson = False) -> None:
+    def resume(context: typer.Context, run: RunName, address: Address = None, as_json: AsJson = False) -> None:
         """Let a paused run go on. (A run that has ended goes on with `rollcast train`.)"""
+        if address is not None:
+            _there(address, "resume", run, [], as_json)
         _ask(run, run_dir(context), {"paused": False}, as_json)
 
     @app.command(cls=with_overrides, epilog="Example: rollcast stop demo")
-    def stop(context: typer.Context, run: RunName, timeout: Timeout = 600.0, as_json: AsJson = False) -> None:
+    def stop(
+        context: typer.Context,
+        run: RunName,
+        timeout: Timeout = 600.0,
+        address: Address = None,
+        as_json: AsJson = False,
+    ) -> None:
         """End a live run after its present step; it saves a checkpoint first, and waits until it has ended."""
+        if address is not None:
+            from rollcast.job_verbs import stop_job
+
+            stop_job(address, run, timeout, as_json)
+            return
         _ask(run, run_dir(context), {"stop": True}, as_json, timeout)
+
+
+def _there(address: str, verb: str, run: str, words: list[str], as_json: bool) -> NoReturn:
+    """The same on the cluster behind that dashboard, where the run's control can be reached."""
+    from rollcast.job_verbs import there
+
+    there(address, verb, run, [*words, "--json"] if as_json else words)
 
 
 def _number(word: str) -> int | None:

@@ -1,19 +1,21 @@
 """The Ray cluster a run works on: the one that RAY_ADDRESS names, or one of its own on this machine.
 
-Owns: connecting, what every process of a run finds in its environment, and the compute dtype of the machine. Does not
-know what runs there.
+Owns: connecting, what every process of a run finds in its environment, asking the cluster whether the run can start
+there, and the compute dtype of the machine. Does not know what runs there.
 """
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
 import ray
 
+from rollcast import preflight, survey
 from rollcast.config import RunConfig
-from rollcast.errors import ConfigError
+from rollcast.plan import Process, cluster_address, is_hub_id, processes_of, run_directory
+from rollcast.submitted import job_variables
 
 Dtype = Literal["bfloat16", "float32"]
 NAMESPACE = "rollcast"
@@ -36,22 +38,34 @@ for _name, _value in ENVIRONMENT.items():
 
 @contextmanager
 def connected(config: RunConfig) -> Iterator[str]:
-    """Connects to Ray for the time of a run and gives the cluster's address. A cluster of its own ends with it."""
+    """Connects to Ray for the time of a run and gives the cluster's address. A cluster of its own ends with it.
+
+    Raises `ConfigError` when the run could never start there.
+    """
     if ray.is_initialized():  # A caller's own session: tests, notebooks.
         yield ray.get_runtime_context().gcs_address
         return
+    with session():
+        require_devices(config)
+        if cluster_address() is not None:
+            require_views(config, run_directory(config))
+        yield ray.get_runtime_context().gcs_address
+
+
+@contextmanager
+def session() -> Iterator[str]:
+    """Connected for a time; gives the address of the dashboard, empty where there is none."""
     address = os.environ.get("RAY_ADDRESS")
-    ray.init(
+    context = ray.init(
         address=address,
         namespace=NAMESPACE,
         include_dashboard=False if address is None else None,
         logging_level="ERROR",
         log_to_driver=False,
-        runtime_env={"env_vars": ENVIRONMENT},
+        runtime_env={"env_vars": environment()},
     )
     try:
-        require_devices(config)
-        yield ray.get_runtime_context().gcs_address
+        yield context.dashboard_url or ""
     finally:
         ray.shutdown()
 
@@ -62,61 +76,46 @@ def namespace() -> str:
     return found
 
 
+def environment() -> dict[str, str]:
+    """`ENVIRONMENT`, less what a submitted job sets itself: Ray refuses a variable that is set in both places."""
+    return {name: value for name, value in ENVIRONMENT.items() if name not in job_variables()}
+
+
 def require_devices(config: RunConfig) -> None:
-    """Raises `ConfigError` with the counts when the cluster has fewer CPUs or GPUs than the run's actors ask for."""
-    rollout, learner, replicas = config.rollout, config.learner, served_replicas(config)
-    wanted = {
-        "CPU": rollout.first_workers * rollout.cpus_per_worker
-        + learner.num_learners * learner.cpus_per_learner
-        + replicas * config.serve.cpus_per_replica,
-        "GPU": rollout.first_workers * rollout.gpus_per_worker
-        + learner.num_learners * learner.gpus_per_learner
-        + replicas * config.serve.gpus_per_replica,
-    }
-    has = ray.cluster_resources()
-    short = {kind: count for kind, count in wanted.items() if count > has.get(kind, 0.0)}
-    if short:
-        needs = ", ".join(f"{count:g} {kind}s" for kind, count in short.items())
-        found = ", ".join(f"{has.get(kind, 0.0):g} {kind}s" for kind in short)
-        raise ConfigError(
-            f"The run needs {needs}; the cluster has {found}.",
-            f"{rollout.first_workers} rollout workers, {learner.num_learners} learners and {replicas} replicas of the "
-            "live policy hold their devices alone.",
-            "Ask for fewer with rollout.workers, rollout.cpus_per_worker, learner.cpus_per_learner or "
-            "serve.cpus_per_replica, or add nodes.",
-        )
+    """Raises `ConfigError` when the run's processes would wait for devices for ever, and says why."""
+    if not config.run.wait_for_devices:
+        preflight.refuse(preflight.device_problems(processes_of(config), survey.nodes()))
 
 
-def served_replicas(config: RunConfig) -> int:
-    """Replicas of the live policy that are there for as long as the run trains."""
-    return config.serve.min_replicas if config.serve.enabled else 0
+def require_views(config: RunConfig, run_dir: Path | None) -> None:
+    """Raises `ConfigError` when a node has other versions, or does not see the model or the run folder."""
+    folder = Path(config.model.path).expanduser()
+    model = None if is_hub_id(config.model.path) else folder.absolute()
+    engine = "vllm" if config.rollout.engine == "vllm" else None
+    with ExitStack() as stack:
+        # Without learners of their own the trainer writes the checkpoints.
+        alone = run_dir is None or not config.learner.num_learners
+        mark = None if alone or run_dir is None else stack.enter_context(survey.marked(run_dir))
+        reports = survey.ask_nodes(model, mark, engine)
+        here = survey.look_around("the trainer", None, None, None)
+    preflight.refuse(preflight.node_problems(reports, here, config.model.path, config.run.dir))
+
+
+def examined(config: RunConfig) -> list[preflight.Node]:
+    """The nodes of the cluster that RAY_ADDRESS names, for a plan. Raises as a start there would."""
+    with session():
+        require_devices(config)
+        require_views(config, None)
+        return survey.nodes()
 
 
 def most_workers(config: RunConfig) -> int:
     """How many rollout workers the cluster holds beside learners and replicas: each whole on one node."""
-    rollout, learner = config.rollout, config.learner
-    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    for _ in range(learner.num_learners):
-        _take(nodes, {"CPU": float(learner.cpus_per_learner), "GPU": float(learner.gpus_per_learner)})
-    replica = {"CPU": config.serve.cpus_per_replica, "GPU": config.serve.gpus_per_replica}
-    for _ in range(served_replicas(config) if any(replica.values()) else 0):
-        _take(nodes, replica)
-    worker = {"CPU": float(rollout.cpus_per_worker), "GPU": float(rollout.gpus_per_worker)}
-    return sum(_room(node, worker) for node in nodes)
-
-
-def _room(node: dict[str, float], needs: dict[str, float]) -> int:
-    """How many of that kind a node holds."""
-    return min(int(node.get(kind, 0.0) / count + 1e-9) for kind, count in needs.items() if count)
-
-
-def _take(nodes: list[dict[str, float]], needs: dict[str, float]) -> None:
-    """Puts one on the first node with room for it."""
-    for node in nodes:
-        if _room(node, needs):
-            for kind, count in needs.items():
-                node[kind] = node.get(kind, 0.0) - count
-            return
+    found = {it.name: it for it in processes_of(config)}
+    nobody, rollout = Process("nobody", 0, 1, 0, ""), config.rollout
+    worker = Process("rollout worker", 1, rollout.cpus_per_worker, rollout.gpus_per_worker, "")
+    nodes = preflight.beside(found.get("replica", nobody), survey.nodes())
+    return max(preflight.most_beside(found.get("learner", nobody), worker, nodes), 0)
 
 
 def compute_dtype(config: RunConfig) -> Dtype:

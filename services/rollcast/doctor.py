@@ -65,7 +65,8 @@ def examine(fix: bool, report: Callable[[str], None]) -> list[Check]:
     importable = dict(_imports(IMPORTED, IMPORT_LIMIT_S, report))
     checks = [_python(), *_packages(), *importable.values(), _bfloat16(machine), _cpus(machine), _memory(machine)]
     checks += [_shared_memory(machine), _leftovers(importable, fix), _gpus(machine)]
-    checks += [_ray_address(), _ray_auth(), *_token_file(), *_open_doors(), _disk(machine), _ray_disk(), _demo_model()]
+    checks += [_ray_address(), _ray_auth(), *_token_file(), *_cluster(machine, importable.get("ray"), report)]
+    checks += [*_open_doors(), _disk(machine), _ray_disk(), _demo_model()]
     return checks
 
 
@@ -259,6 +260,17 @@ def _ray_address() -> Check:
     except OSError as error:
         return Check(name, "fail", f"{address} does not answer: {error}", fix)
     return Check(name, "ok", f"{address} answers")
+
+
+def _cluster(machine: Machine, ray: Check | None, report: Callable[[str], None]) -> Iterator[Check]:
+    """The nodes of the cluster that RAY_ADDRESS names, in their own words."""
+    if machine.cluster is None or ray is None or ray.state != "ok":
+        return
+    from rollcast.doctor_cluster import LIMIT_S, examine
+
+    report(f"asking the nodes of {machine.cluster} (at most {LIMIT_S:.0f} s)")
+    for found in examine(machine.cluster):
+        yield Check(found.name, found.state, found.found, found.do_this)
 
 
 def _host_and_port(address: str) -> tuple[str | None, int | None]:

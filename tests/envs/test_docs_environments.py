@@ -135,7 +135,7 @@ def test_every_snippet_of_toml_loads_and_its_environments_can_be_made(page: str,
             assert question
 
 
-@pytest.mark.parametrize("page", [*PAGES, "files", "../README"])
+@pytest.mark.parametrize("page", [*PAGES, "files", "jobs", "../README"])
 def test_every_command_and_every_file_named_is_there(page: str) -> None:
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#\s]*)(?:#[^)]*)?\)", text):
