@@ -1,6 +1,11 @@
 """`python -m rollcast` is `rollcast`."""
 
-from rollcast.cli import main
+import sys
+
+from rollcast.interpreter import hand_over
 
 if __name__ == "__main__":
+    hand_over(sys.argv[1:])
+    from rollcast.cli import main
+
     main()

@@ -11,18 +11,21 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand
 
-from rollcast import cli_env
+from rollcast import cli_env, cli_jobs
+from rollcast.cli_jobs import Address, Restarts
 from rollcast.errors import RollcastError, UsageError
+from rollcast.submitted import imported, refuse_other_code, refuse_passing_folder
 
 if TYPE_CHECKING:
     from rollcast.config import RunConfig
+    from rollcast.preflight import Node
 
 OVERRIDES = "rollcast.overrides"
 OVERRIDE = re.compile(r"--[A-Za-z_]\w*\.[^=]+(=.*)?", re.DOTALL)
@@ -96,6 +99,7 @@ def train(
     config: ConfigFile,
     run: RunName = None,
     resume: Resume = "auto",
+    restarts: Restarts = 0,
     dry_run: DryRun = False,
     as_json: PlanAsJson = False,
 ) -> None:
@@ -105,11 +109,24 @@ def train(
     """
     from rollcast.plan import run_directory
 
+    if restarts and not dry_run:
+        _train_again(["train", str(config), *_overrides(context, run)], resume, restarts)
     settings = _planned(config, _overrides(context, run), resume, dry_run, as_json, plays=True)
     if settings is not None:
         from rollcast.train import train as start
 
         start(settings, run_directory(settings), resume)
+
+
+def _train_again(words: list[str], resume: str, restarts: int) -> NoReturn:
+    """The same in a child, which is started again when it crashes."""
+    from rollcast.restarts import train_again
+
+    if resume not in ("auto", "never"):
+        why = "a start after a crash would go back there, and lose what was learned since"
+        raise UsageError(f"--restarts does not go with --resume {resume}", why, "leave one of them out")
+    first = [*words, "--resume", resume]
+    raise typer.Exit(train_again(first, [*words, "--resume", "auto"], restarts, _report))
 
 
 @app.command(
@@ -179,10 +196,20 @@ def _planned(
         raise UsageError("--json prints nothing here", "only the plan is printed as JSON", "add --dry-run")
     _refuse_missing_checkpoint(resume)
     settings = load_config(config, overrides)
-    plan = make_plan(settings if plays else settings.without_rollouts())
+    refuse_passing_folder(settings.run.dir, Path.cwd())
+    planned = settings if plays else settings.without_rollouts()
+    plan = make_plan(planned)
     if dry_run:
-        typer.echo(json.dumps(asdict(plan), indent=2) if as_json else render(plan))
+        nodes = _nodes_for(planned) if plan.machine.cluster is not None else []
+        told = {**asdict(plan), "nodes": [asdict(node) for node in nodes]}
+        typer.echo(json.dumps(told, indent=2) if as_json else render(plan, nodes))
     return None if dry_run else settings
+
+
+def _nodes_for(config: "RunConfig") -> "list[Node]":
+    from rollcast import cluster
+
+    return cluster.examined(config)
 
 
 @app.command(cls=WithOverrides, epilog="Example: rollcast demo --seed 1 --run second")
@@ -220,6 +247,7 @@ def status(
             metavar="RUN", help="Name of a run below ./runs (or --run.dir), or its folder; else the newest."
         ),
     ] = None,
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """One screen on a run: step, reward, fleet, versions, staleness, and what waits for what."""
@@ -227,6 +255,10 @@ def status(
     from rollcast import status as told
     from rollcast.runs import find
 
+    if address is not None:
+        from rollcast.job_verbs import there
+
+        there(address, "status", run, ["--json"] if as_json else [])
     found = told.status(find(run, _only_run_dir(context)))
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))
@@ -235,12 +267,17 @@ def status(
 
 
 @app.command(cls=WithOverrides, epilog="Example: rollcast runs --run.dir /data/runs")
-def runs(context: typer.Context, as_json: AsJson = False) -> None:
-    """All runs of a folder, the newest first."""
+def runs(context: typer.Context, address: Address = None, as_json: AsJson = False) -> None:
+    """All runs of a folder, or of a cluster, the newest first."""
     from rollcast import display
     from rollcast import status as told
     from rollcast.runs import known
 
+    if address is not None:
+        from rollcast.job_verbs import list_runs
+
+        list_runs(address, as_json)
+        return
     base = _only_run_dir(context)
     lines = [told.line_of(run) for run in known(base)]
     if as_json:
@@ -405,6 +442,9 @@ def _overrides(context: typer.Context, run: str | None = None) -> list[str]:
     return [*overrides, f"--run.name={run}"] if run is not None else overrides
 
 
+cli_jobs.add(app, WithOverrides, _overrides, _only_run_dir)
+
+
 def _refuse_missing_checkpoint(resume: str) -> None:
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise UsageError(
@@ -426,6 +466,7 @@ def show(error: RollcastError) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits; anything but a `RollcastError` is a bug and keeps its traceback."""
     try:
+        refuse_other_code(imported(), Path.cwd())
         app(args=arguments)
     except RollcastError as error:
         show(error)

@@ -1,19 +1,21 @@
 """The Ray cluster a run works on: the one that RAY_ADDRESS names, or one of its own on this machine.
 
-Owns: connecting, what every process of a run finds in its environment, and the compute dtype of the machine. Does not
-know what runs there.
+Owns: connecting, what every process of a run finds in its environment, asking the cluster whether the run can start
+there, and the compute dtype of the machine. Does not know what runs there.
 """
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
 import ray
 
+from rollcast import preflight, survey
 from rollcast.config import RunConfig
-from rollcast.errors import ConfigError
+from rollcast.plan import cluster_address, is_hub_id, processes_of, run_directory
+from rollcast.submitted import job_variables
 
 Dtype = Literal["bfloat16", "float32"]
 NAMESPACE = "rollcast"
@@ -36,10 +38,22 @@ for _name, _value in ENVIRONMENT.items():
 
 @contextmanager
 def connected(config: RunConfig) -> Iterator[str]:
-    """Connects to Ray for the time of a run and gives the cluster's address. A cluster of its own ends with it."""
+    """Connects to Ray for the time of a run and gives the cluster's address. A cluster of its own ends with it.
+
+    Raises `ConfigError` when the run could never start there.
+    """
     if ray.is_initialized():  # A caller's own session: tests, notebooks.
         yield ray.get_runtime_context().gcs_address
         return
+    with _session():
+        require_devices(config)
+        if cluster_address() is not None:
+            require_views(config, run_directory(config))
+        yield ray.get_runtime_context().gcs_address
+
+
+@contextmanager
+def _session() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     ray.init(
         address=address,
@@ -47,32 +61,45 @@ def connected(config: RunConfig) -> Iterator[str]:
         include_dashboard=False if address is None else None,
         logging_level="ERROR",
         log_to_driver=False,
-        runtime_env={"env_vars": ENVIRONMENT},
+        runtime_env={"env_vars": environment()},
     )
     try:
-        require_devices(config)
-        yield ray.get_runtime_context().gcs_address
+        yield
     finally:
         ray.shutdown()
 
 
+def environment() -> dict[str, str]:
+    """`ENVIRONMENT`, less what a submitted job sets itself: Ray refuses a variable that is set in both places."""
+    return {name: value for name, value in ENVIRONMENT.items() if name not in job_variables()}
+
+
 def require_devices(config: RunConfig) -> None:
-    """Raises `ConfigError` with the counts when the cluster has fewer CPUs or GPUs than the run's actors ask for."""
-    rollout, learner = config.rollout, config.learner
-    wanted = {
-        "CPU": rollout.workers * rollout.cpus_per_worker + learner.num_learners * learner.cpus_per_learner,
-        "GPU": rollout.workers * rollout.gpus_per_worker + learner.num_learners * learner.gpus_per_learner,
-    }
-    has = ray.cluster_resources()
-    short = {kind: count for kind, count in wanted.items() if count > has.get(kind, 0.0)}
-    if short:
-        needs = ", ".join(f"{count:g} {kind}s" for kind, count in short.items())
-        found = ", ".join(f"{has.get(kind, 0.0):g} {kind}s" for kind in short)
-        raise ConfigError(
-            f"The run needs {needs}; the cluster has {found}.",
-            f"{rollout.workers} rollout workers and {learner.num_learners} learners hold their devices alone.",
-            "Ask for fewer with rollout.workers, rollout.cpus_per_worker or learner.cpus_per_learner, or add nodes.",
-        )
+    """Raises `ConfigError` when the run's processes would wait for devices for ever, and says why."""
+    if not config.run.wait_for_devices:
+        preflight.refuse(preflight.device_problems(processes_of(config), survey.nodes()))
+
+
+def require_views(config: RunConfig, run_dir: Path | None) -> None:
+    """Raises `ConfigError` when a node has other versions, or does not see the model or the run folder."""
+    folder = Path(config.model.path).expanduser()
+    model = None if is_hub_id(config.model.path) else folder.absolute()
+    engine = "vllm" if config.rollout.engine == "vllm" else None
+    with ExitStack() as stack:
+        # Without learners of their own the trainer writes the checkpoints.
+        alone = run_dir is None or not config.learner.num_learners
+        mark = None if alone or run_dir is None else stack.enter_context(survey.marked(run_dir))
+        reports = survey.ask_nodes(model, mark, engine)
+        here = survey.look_around("the trainer", None, None, None)
+    preflight.refuse(preflight.node_problems(reports, here, config.model.path, config.run.dir))
+
+
+def examined(config: RunConfig) -> list[preflight.Node]:
+    """The nodes of the cluster that RAY_ADDRESS names, for a plan. Raises as a start there would."""
+    with _session():
+        require_devices(config)
+        require_views(config, None)
+        return survey.nodes()
 
 
 def compute_dtype(config: RunConfig) -> Dtype:

@@ -46,7 +46,9 @@ class RunSection(Section):
     seed: NotNegative = 0
     """Where the prompt order, the environments and the value head start from."""
     dir: Annotated[str, Field(min_length=1)] = "runs"
-    """Folder of all runs, absolute or relative to where the command was typed."""
+    """Folder of all runs, absolute or relative to where the command was typed; in a submitted job absolute."""
+    wait_for_devices: bool = False
+    """Whether to start on a cluster that has too few devices now, since an autoscaler will add nodes."""
 
 
 class ModelSection(Section):

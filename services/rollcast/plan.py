@@ -16,12 +16,15 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
 from rollcast.config import RunConfig
 from rollcast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rollcast.preflight import Node
 
 Place = Literal["memory", "gpu memory", "shared memory", "disk"]
 
@@ -99,7 +102,7 @@ def make_plan(config: RunConfig) -> Plan:
     """Looks at the machine. Raises `ConfigError` for what cannot work here."""
     machine = look(run_directory(config))
     size = _model_size(config)
-    processes = _processes(config)
+    processes = processes_of(config)
     needs = tuple(_needs(config, size)) if size else ()
     if machine.cluster is None:
         _refuse_missing_devices(processes, machine)
@@ -129,7 +132,7 @@ def run_directory(config: RunConfig) -> Path:
 # ---- processes and devices
 
 
-def _processes(config: RunConfig) -> tuple[Process, ...]:
+def processes_of(config: RunConfig) -> tuple[Process, ...]:
     learner, rollout = config.learner, config.rollout
     engine = f"{rollout.engine} engine"
     if rollout.tensor_parallel > 1:
@@ -169,8 +172,13 @@ def look(run_dir: Path) -> Machine:
     free: dict[Place, int] = {"memory": _free_memory(), "disk": shutil.disk_usage(_standing(run_dir)).free}
     if SHARED_MEMORY.is_dir():
         free["shared memory"] = shutil.disk_usage(SHARED_MEMORY).free
+    return Machine(_cpus(), _gpus(), free, cluster_address())
+
+
+def cluster_address() -> str | None:
+    """The cluster that RAY_ADDRESS names; None where a run starts one of its own on this machine."""
     address = os.environ.get("RAY_ADDRESS", "")
-    return Machine(_cpus(), _gpus(), free, None if address in ("", "local") else address)
+    return None if address in ("", "local") else address
 
 
 def _cpus() -> int:
@@ -208,7 +216,7 @@ def _cgroup(name: str) -> str:
 def _model_size(config: RunConfig) -> ModelSize | None:
     """Size of the model, or None for one that has to be fetched from the hub first."""
     folder = Path(config.model.path).expanduser()
-    if not folder.exists() and _is_hub_id(config.model.path):
+    if not folder.exists() and is_hub_id(config.model.path):
         return None
     settings = _model_settings(folder)
     layers = _number(settings, "num_hidden_layers", "n_layer")
@@ -224,7 +232,7 @@ def _model_size(config: RunConfig) -> ModelSize | None:
     )
 
 
-def _is_hub_id(path: str) -> bool:
+def is_hub_id(path: str) -> bool:
     """`org/name`, unless it points into a folder that is here; `models/` is where the demo puts its own."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path):
         return False
@@ -470,8 +478,8 @@ def _standing(path: Path) -> Path:
 # ---- telling it
 
 
-def render(plan: Plan) -> str:
-    """The plan as text for people."""
+def render(plan: Plan, nodes: "Sequence[Node]" = ()) -> str:
+    """The plan as text for people; `nodes` are those of the cluster it would start on."""
     machine = plan.machine
     where = machine.cluster or "this machine"
     cpus, gpus = _reserved(plan.processes)
@@ -484,12 +492,18 @@ def render(plan: Plan) -> str:
         "",
         f"processes on {where}",
         *_process_lines(plan.processes),
-        f"  disjoint: {cpus} CPUs, {gpus:g} GPUs reserved; {machine.cpus} CPUs, {machine.gpus} GPUs here",
+        f"  disjoint: {cpus} CPUs, {gpus:g} GPUs reserved; {_devices_told(machine, nodes)}",
         "",
         *_need_lines(plan.needs, machine),
         *(f"warning: {warning}" for warning in plan.warnings),
     ]
     return "\n".join(lines).rstrip()
+
+
+def _devices_told(machine: Machine, nodes: "Sequence[Node]") -> str:
+    if not nodes:
+        return f"{machine.cpus} CPUs, {machine.gpus} GPUs here"
+    return "; ".join(f"{node.name} has {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in nodes)
 
 
 def _process_lines(processes: Sequence[Process]) -> Iterator[str]:
