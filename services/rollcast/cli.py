@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand
 
-from rollcast import cli_env, cli_jobs
+from rollcast import cli_env, cli_jobs, cli_live
 from rollcast.cli_jobs import Address, Restarts
 from rollcast.errors import RollcastError, UsageError
 from rollcast.submitted import imported, refuse_other_code, refuse_passing_folder
@@ -424,6 +424,9 @@ def _run_dir(context: typer.Context) -> tuple[Path, list[str]]:
         else:
             others.append(word)
     return base, others
+
+
+cli_live.add(app, WithOverrides, _run_dir)
 
 
 def _only_run_dir(context: typer.Context) -> Path:

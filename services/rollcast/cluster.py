@@ -74,6 +74,12 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in ENVIRONMENT.items() if name not in job_variables()}
 
 
+def namespace() -> str:
+    """In which the run's named actors are found: `NAMESPACE`, or that of a caller's own session."""
+    found: str = ray.get_runtime_context().namespace
+    return found
+
+
 def require_devices(config: RunConfig) -> None:
     """Raises `ConfigError` when the run's processes would wait for devices for ever, and says why."""
     if not config.run.wait_for_devices:

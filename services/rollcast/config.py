@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tomlkit
 from pydantic import Field, field_validator, model_validator
 
+from rollcast.config_serve import ServeSection
 from rollcast.config_tune import TuneSection
 from rollcast.section import STRICT, AtLeastOne, NotNegative, Positive, Section, UpToOne, ZeroOrMore, refusal
 from rollcast_learners.algorithms import ALGORITHMS, OVER_GROUPS
@@ -311,6 +312,7 @@ class RunConfig(Section):
     weights: WeightsSection = WeightsSection()
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    serve: ServeSection = ServeSection()
     tracking: TrackingSection = TrackingSection()
     tune: TuneSection = TuneSection()
 

@@ -206,6 +206,20 @@ def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
         annotation: Any = field.annotation
         yield name, LISTS.get(name, annotation)
         yield from ((inner, section) for inner, section in LISTS.items() if inner.startswith(f"{name}."))
+        if _is_section(annotation):
+            yield from ((f"{name}.{key}", inner) for key, inner in _inner_sections(annotation))
+
+
+def _inner_sections(section: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
+    """Tables inside a table."""
+    for key, field in section.model_fields.items():
+        annotation: Any = field.annotation
+        if _is_section(annotation):
+            yield key, annotation
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _key(name: str, field: FieldInfo) -> str:
@@ -246,7 +260,8 @@ def config_reference() -> str:
     parts = [_INTRODUCTION]
     for name, section in _sections():
         header = f"[[{name}]]" if name in LISTS else f"[{name}]"
-        rows = [_row(_key(*item), item[1]) for item in section.model_fields.items()]
+        inner = dict(_inner_sections(section))
+        rows = [_row(_key(*item), item[1]) for item in section.model_fields.items() if item[0] not in inner]
         table = "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows])
         parts.append(f"## `{header}`\n\n{section.__doc__}\n\n{table}\n")
     return "\n".join(parts)

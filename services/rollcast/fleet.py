@@ -19,11 +19,12 @@ from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
 from rollcast.buffer import PlayedGroup
 from rollcast.errors import RunFailed
+from rollcast.intake import Loaded
 from rollcast.ledger import Lease, Ledger
 from rollcast.prompts import PromptStream
 from rollcast.runner import Played, RolloutRunner, WorkerSpec
 from rollcast.weights import Store
-from rollcast.worker import Loaded, Occupation
+from rollcast.worker import Occupation
 from rollcast_learners.types import Prompt, Sampling, Trajectory, Weights
 
 PING_EVERY_S = 5.0

@@ -96,6 +96,8 @@ class Run(Session):
             self.store = Store(config.run.name, self.learners.node(), first)
             self._closers.callback(self.store.close)
             self.weights = self._write_weights(first)
+            self._specs = tuple(TensorSpec(e.name, e.dtype, e.shape) for e in self.weights.manifest)
+            self.line.announce(self.weights, self.store.handle(self._specs))
             self.fleet = self._start_fleet()
             self._closers.callback(self.fleet.close)
             self._fleet_started = True
@@ -114,7 +116,7 @@ class Run(Session):
             while not begun.done():
                 self._gather("the learner to start")
             self.weights = begun.result()
-        self.fleet.announce(self.weights)
+        self._announce()
 
     def _begin_again(self, start: Start) -> Weights:
         """New learners and their first policy, under a number above all that were given to lost ones."""
@@ -125,9 +127,8 @@ class Run(Session):
 
     def _start_fleet(self) -> Fleet:
         config, rollout = self.config, self.config.rollout
-        specs = tuple(TensorSpec(e.name, e.dtype, e.shape) for e in self.weights.manifest)
         return Fleet(
-            WorkerSpec(config, self._dtype, self.store.handle(specs)),
+            WorkerSpec(config, self._dtype, self.store.handle(self._specs)),
             FleetSettings(
                 rollout.workers,
                 max(rollout.concurrency // rollout.group_size, 1),
@@ -150,16 +151,15 @@ class Run(Session):
 
     def collect(self) -> list[PlayedGroup] | None:
         """One step's groups, none of them too old; None when the run was asked to stop meanwhile."""
-        with self.watch("wait for rollouts"):
-            while True:
-                for group in self.buffer.expire(self.weights.version):
-                    self.ledger.put_back(group.number, "too old")
-                if self.stop.signal is not None:
-                    return None
-                if self.buffer.ready():
-                    return self.buffer.take()
-                self._feed_and_gather("rollouts")
+        while self.stop.signal is None:
+            for group in self.buffer.expire(self.weights.version):
+                self.ledger.put_back(group.number, "too old")
+            if self.buffer.ready() and not self.paused:
+                return self.buffer.take()
+            with self.watch("paused" if self.paused else "wait for rollouts"):
+                self._feed_and_gather("to be resumed" if self.paused else "rollouts")
                 self._look_after_learners()
+        return None
 
     def learn(self, groups: Sequence[PlayedGroup]) -> StepResult:
         """One learning step in the learner's process; workers are fed and heard meanwhile."""
@@ -186,7 +186,7 @@ class Run(Session):
                 "the learner to publish",
             )
             self._figures["sync/publish_s"] = time.monotonic() - started
-            self.fleet.announce(self.weights)
+            self._announce()
         # Only now do they make room for new groups: one started before the announcement would be a version older.
         self.ledger.trained(self._trained, self.step)
 
@@ -291,8 +291,14 @@ class Run(Session):
 
     def _feed_and_gather(self, activity: str) -> None:
         # A group started now is trained at the latest after those before it: this many bounds its age.
-        self.fleet.feed((self.config.buffer.max_staleness + 1) * self.groups_per_step)
+        if not self.paused:
+            self.fleet.feed((self.config.buffer.max_staleness + 1) * self.groups_per_step)
         self._gather(activity)
+
+    def _announce(self) -> None:
+        """Tells workers and replicas of the newest policy."""
+        self.fleet.announce(self.weights)
+        self.line.announce(self.weights, self.store.handle(self._specs))
 
     def _gather(self, activity: str) -> None:
         needed = 2 if self.config.learner.normalize_advantages in OVER_GROUPS else 1
@@ -388,7 +394,7 @@ class Run(Session):
                 "buffered": len(self.buffer),
             }
             facts |= self.ledger.counts()
-        self.progress.waiting(activity, facts)
+        self._tell(activity, facts)
 
 
 def learner_spec(config: RunConfig, dtype: Dtype, supervised: bool = False) -> LearnerSpec:

@@ -108,8 +108,8 @@ class RunDir:
                 "Choose another with --run.dir, or free that path.",
             ) from error
 
-    def claim(self, address: str, namespace: str) -> None:
-        """Writes `run.json`. Raises `UsageError` while another living process of this host owns the run."""
+    def refuse_owned(self) -> None:
+        """Raises `UsageError` while another living process of this host owns the run."""
         owner = self.owner()
         if owner and is_alive(owner):
             raise UsageError(
@@ -117,6 +117,10 @@ class RunDir:
                 f"Process {owner['pid']} on this host owns {self.path}.",
                 "Stop that process, or choose another name with --run.",
             )
+
+    def claim(self, address: str, namespace: str) -> None:
+        """Writes `run.json`. Raises `UsageError` while another living process of this host owns the run."""
+        self.refuse_owned()
         process = psutil.Process()
         record = {
             "name": self.path.name,

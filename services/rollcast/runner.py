@@ -23,11 +23,12 @@ from ray.rllib.env.env_runner import EnvRunner
 from rollcast.chat import ChatCodec
 from rollcast.config import RunConfig
 from rollcast.engine_traces import engine_record, sweep_dead
+from rollcast.engines import start_engine
 from rollcast.episode import EpisodeLimits
-from rollcast.sampler import EngineDied, Sampler, ScriptedSampler
+from rollcast.intake import Loaded
+from rollcast.sampler import EngineDied, Sampler
 from rollcast.weights import StoreHandle
-from rollcast.worker import Loaded, Occupation, RolloutWorker
-from rollcast_learners.settings import LoraSettings
+from rollcast.worker import Occupation, RolloutWorker
 from rollcast_learners.types import Prompt, Sampling, Trajectory, Weights
 
 WATCH_EVERY_S = 1.0
@@ -130,42 +131,12 @@ class RolloutRunner(EnvRunner):
     async def _pull(self, weights: Weights) -> str:
         return await self.spec.store.pull(weights, self.name)
 
-    @property
-    def _loaded_adapter(self) -> LoraSettings | None:
-        """The adapters that the engine adds itself; none where policies arrive whole."""
-        config = self.spec.config
-        return config.adapter if config.published_kind == "adapter" else None
-
     async def _engine(self, codec: ChatCodec) -> Sampler:
-        config = self.spec.config
-        rollout, path = config.rollout, config.model.path
-        if rollout.engine == "scripted":
-            return ScriptedSampler(codec.tokenizer.eos_token_id, max_model_len=rollout.max_model_len)
-        if rollout.engine == "torch":
-            import torch
-
-            from rollcast.torch_sampler import TorchSampler
-
-            torch.set_num_threads(rollout.cpus_per_worker)
-            trusted = config.model.trust_remote_code
-            return TorchSampler(path, self.spec.dtype, rollout.max_model_len, trusted, self._loaded_adapter)
-        from rollcast.vllm_sampler import VllmSampler
-
         folder = await self.spec.store.folder()
         sweep_dead(folder)
-        return await VllmSampler.start(
-            path,
-            -1,
-            dtype=self.spec.dtype,
-            max_model_len=rollout.max_model_len,
-            concurrency=rollout.concurrency,
-            tensor_parallel=rollout.tensor_parallel,
-            threads=rollout.cpus_per_worker,
-            structured=config.eval.restrict_answers,
-            adapter=self._loaded_adapter,
-            engine_args=rollout.engine_args,
-            record=folder / engine_record(self.name),
-        )
+        rollout, record = self.spec.config.rollout, folder / engine_record(self.name)
+        size = {"concurrency": rollout.concurrency, "threads": rollout.cpus_per_worker}
+        return await start_engine(self.spec.config, self.spec.dtype, codec, record, **size)
 
     async def _exit_with_engine(self) -> None:
         while await self._started.alive():

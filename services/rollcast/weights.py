@@ -14,6 +14,10 @@ import asyncio
 import json
 import os
 import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,7 @@ from numpy.typing import NDArray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rollcast.engine_traces import sweep_dead
-from rollcast.worker import WeightsRefused
+from rollcast.intake import WeightsRefused
 from rollcast_learners.arena import InvalidWeights, TensorSpec, private_files, segments_of, validate
 from rollcast_learners.types import Weights
 
@@ -48,6 +52,16 @@ def sweep_abandoned(root: Path = SHARED_MEMORY) -> list[Path]:
     return folders
 
 
+@contextmanager
+def owned_folder(label: str) -> Iterator[Path]:
+    """A folder in shared memory for the record of an engine that belongs to no store. Should this process be killed,
+    the next run or `rollcast doctor --fix` sweeps up after it."""
+    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{label}-{os.getpid()}-", dir=SHARED_MEMORY) as folder:
+        owner = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+        (Path(folder) / OWNER).write_text(json.dumps(owner), encoding="utf-8")
+        yield Path(folder)
+
+
 def _owner_lives(owner: Path) -> bool:
     try:
         record = json.loads(owner.read_text(encoding="utf-8"))
@@ -67,6 +81,7 @@ class NodeAgent:
         owner = {"pid": os.getpid(), "started": psutil.Process().create_time()}
         (self.folder / OWNER).write_text(json.dumps(owner), encoding="utf-8")
         self._readers: dict[int, set[str]] = {}
+        self._until: dict[str, float] = {}
         self._copies: dict[int, tuple[str, ...]] = {}
         self._orphans: set[int] = set()
         self._fetching = asyncio.Lock()
@@ -75,10 +90,15 @@ class NodeAgent:
     async def folder_path(self) -> str:
         return str(self.folder)
 
-    async def acquire(self, weights: Weights, reader: str, home: Any) -> str | None:
-        """Counts `reader` in and returns the folder of the version's files on this node; None if it is superseded."""
+    async def acquire(self, weights: Weights, reader: str, home: Any, within_s: float | None = None) -> str | None:
+        """Counts `reader` in and returns the folder of the version's files on this node; None if it is superseded.
+
+        A reader whose death nobody would tell says how long it reads at most: it is forgotten after `within_s`.
+        """
         if weights.version < self._oldest:
             return None
+        if within_s is not None:
+            self._until[reader] = time.monotonic() + within_s
         self._readers.setdefault(weights.version, set()).add(reader)
         if weights.home != self.node:
             async with self._fetching:
@@ -93,6 +113,7 @@ class NodeAgent:
 
     async def forget(self, reader: str) -> None:
         """A reader died: it reads nothing any more."""
+        self._until.pop(reader, None)
         for readers in self._readers.values():
             readers.discard(reader)
         self._remove_orphans()
@@ -109,6 +130,8 @@ class NodeAgent:
 
     async def free(self, below: int) -> list[int]:
         """Versions below `below` that nobody reads. They cannot be acquired from now on; copies are removed."""
+        for reader in [name for name, until in self._until.items() if until < time.monotonic()]:
+            await self.forget(reader)
         unread = [v for v in range(self._oldest, below) if not self._readers.get(v)]
         # Versions are given back in order, so that one number says what is gone.
         freed = [v for position, v in enumerate(unread) if v == self._oldest + position]
@@ -125,7 +148,7 @@ class NodeAgent:
 
     async def save(self, weights: Weights, target: str) -> None:
         """Copies a version's files into the run folder, with its manifest: a model folder's safetensors."""
-        await asyncio.to_thread(_save, weights, self.folder, Path(target))
+        await asyncio.to_thread(save_policy, weights, self.folder, Path(target))
 
     async def close(self) -> None:
         sweep_dead(self.folder)
@@ -147,7 +170,8 @@ class NodeAgent:
         self._copies[weights.version] = weights.segments
 
 
-def _save(weights: Weights, folder: Path, target: Path) -> None:
+def save_policy(weights: Weights, folder: Path, target: Path) -> None:
+    """Copies a version's files to the folder `target`, with its manifest: whole, or not at all."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -170,9 +194,9 @@ class StoreHandle:
     agents: dict[str, Any]
     specs: tuple[TensorSpec, ...]
 
-    async def pull(self, weights: Weights, reader: str) -> str:
+    async def pull(self, weights: Weights, reader: str, within_s: float | None = None) -> str:
         """Brings a version to this node and validates it. Raises `WeightsRefused`; the caller releases it when read."""
-        folder = await self._local.acquire.remote(weights, reader, self.agents[weights.home])
+        folder = await self._local.acquire.remote(weights, reader, self.agents[weights.home], within_s)
         if folder is None:
             raise WeightsRefused(f"version {weights.version} is superseded and gone; a newer one was announced")
         try:
@@ -188,6 +212,11 @@ class StoreHandle:
     async def folder(self) -> Path:
         """This node's folder, where an engine's record lies too, for whoever has to sweep up."""
         return Path(await self._local.folder_path.remote())
+
+    @property
+    def reaches_here(self) -> bool:
+        """Whether this node had an agent when the handle was made."""
+        return ray.get_runtime_context().get_node_id() in self.agents
 
     @property
     def _local(self) -> Any:
