@@ -1,15 +1,18 @@
 """The manifests for KubeRay: valid for its operator, closed, and big enough for the run they start."""
 
+import importlib
 import shlex
 from typing import Any
 
 import jsonschema
 import pytest
 import ray
+import yaml
 from ray.scripts.scripts import start
 
 from deployment import DEPLOY, documents, pod_templates, schema, strict
 from rollcast.config_file import load_config
+from rollcast.live.declared import Declared
 
 FOLDER = DEPLOY / "kuberay"
 KINDS = {
@@ -110,6 +113,22 @@ def test_the_job_trains_a_committed_configuration_that_its_cluster_holds() -> No
     assert config.rollout.cpus_per_worker <= int(limits["cpu"])
     assert config.rollout.gpus_per_worker == int(limits["nvidia.com/gpu"]) == config.learner.gpus_per_learner
     assert config.learner.num_learners == learner["replicas"]
+
+
+def test_the_service_declares_an_application_that_serve_takes() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    declared = ServeDeploySchema.model_validate(yaml.safe_load(RAY["RayService"]["spec"]["serveConfigV2"]))
+    (application,) = declared.applications
+    module, _, name = application.import_path.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    arguments = Declared.model_validate(application.args)
+    assert str(arguments.run) == f"/runs/{load_config(DEPLOY / 'configs' / 'cluster-gpu.toml').run.name}"
+    (group,) = cluster("RayService")["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert int(arguments.settings["serve.cpus_per_replica"]) <= int(limits["cpu"])
+    assert arguments.settings["serve.gpus_per_replica"] == int(limits["nvidia.com/gpu"])
+    assert arguments.settings["serve.max_replicas"] == group["replicas"]
 
 
 def test_a_worker_group_says_how_far_it_scales() -> None:
