@@ -153,7 +153,7 @@ def test_prometheus_asks_the_head_with_the_token() -> None:
     (scrape,) = config["scrape_configs"]
     (discovery,) = scrape["http_sd_configs"]
     assert discovery["url"] == f"http://head:{option(SERVICES['head'], 'dashboard-port')}/api/prometheus/sd"
-    assert discovery["authorization"] == {"credentials_file": "/run/secrets/ray_token"}
+    assert discovery["authorization"] == {"type": "Bearer", "credentials_file": "/run/secrets/ray_token"}
     assert "ray_token" in SERVICES["prometheus"]["secrets"]
 
 

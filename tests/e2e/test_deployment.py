@@ -4,6 +4,7 @@ to Prometheus. Only ports, folders and names of hosts differ. Everything is ende
 
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,7 +31,7 @@ PUBLISHER = """
 import sys, time, ray
 from rollcast.telemetry import Telemetry
 ray.init(address="auto", logging_level="ERROR")
-telemetry = Telemetry("deployed", again_s=0.2)
+telemetry = Telemetry("deployed")
 telemetry.publish({"step": 3, "reward/mean": 0.25})
 telemetry.publish({"step": 4, "eval/QA-v0/f1": 0.5})
 print("published", flush=True)
@@ -94,7 +95,7 @@ class Deployed:
         return [f"--temp-dir={self.folder}" if word.startswith("--temp-dir=") else word for word in words]
 
     def start(self, name: str) -> None:
-        """Starts a service's command. What containers have each for themselves gets an option: two ports, and an IP."""
+        """Starts a service's command. Ports that containers have each for themselves get an option."""
         head = name == "head"
         names = ["dashboard-agent-listen-port", "metrics-export-port"]
         names += ["port", "dashboard-port", "ray-client-server-port"] if head else []
@@ -102,7 +103,6 @@ class Deployed:
         words = self.words(SERVICES[name]["command"], ports)
         asked = {word.partition("=")[0].removeprefix("--") for word in words}
         words += [f"--{extra}={port}" for extra, port in ports.items() if extra not in asked]
-        words += ["--node-ip-address=127.0.0.1"]
         if not head:  # A worker takes the folder from the head, and Ray says so.
             words = [word for word in words if not word.startswith("--temp-dir=")]
         log = self.folder / f"{name}.log"
@@ -129,6 +129,7 @@ class Deployed:
     def close(self) -> None:
         for node in reversed(self.nodes.values()):
             end(node.process.pid)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def end(pid: int) -> None:
@@ -213,7 +214,11 @@ def scraped(deployed: Deployed) -> dict[str, tuple[float, dict[str, str]]]:
     (group,) = httpx.get(url, headers={"Authorization": f"Bearer {token}"}).raise_for_status().json()
     found: dict[str, tuple[float, dict[str, str]]] = {}
     for target in group["targets"]:
-        families = text_string_to_metric_families(httpx.get(f"http://{target}/metrics").raise_for_status().text)
+        try:
+            text = httpx.get(f"http://{target}/metrics").raise_for_status().text
+        except httpx.ConnectError:  # A target that is not up yet; Prometheus tries again too.
+            continue
+        families = text_string_to_metric_families(text)
         found |= {s.name: (s.value, s.labels) for f in families for s in f.samples if "rollcast" in s.name}
     return found
 
@@ -253,15 +258,15 @@ def test_a_node_that_goes_is_no_longer_asked_for_figures(deployed: Deployed) -> 
     """The last test here: it ends the worker as Docker does, with SIGTERM."""
     token = deployed.token_file.read_text().strip()
 
-    def targets() -> set[str]:
+    def ports() -> set[int]:
         url = f"{deployed.url('dashboard-port')}/api/prometheus/sd"
         (group,) = httpx.get(url, headers={"Authorization": f"Bearer {token}"}).raise_for_status().json()
-        return set(group["targets"])
+        return {int(target.rpartition(":")[2]) for target in group["targets"]}
 
     worker = deployed.nodes["rollout"]
-    address = f"127.0.0.1:{worker.ports['metrics-export-port']}"
-    wait_for("the worker among the targets", 20, lambda: address in targets())
+    port = worker.ports["metrics-export-port"]
+    wait_for("the worker among the targets", 20, lambda: port in ports())
     worker.process.send_signal(signal.SIGTERM)
     assert worker.process.wait(60) is not None
-    wait_for("the worker to be gone", 40, lambda: address not in targets())
+    wait_for("the worker to be gone", 40, lambda: port not in ports())
     assert deployed.healthy("head")

@@ -1,15 +1,13 @@
-"""Names of figures for Prometheus: valid, stable, and documented."""
+"""Names of figures for Prometheus: valid, stable, and documented. tests/e2e/test_deployment.py sees them arrive."""
 
 import re
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from rollcast.metrics import MetricsWriter, read
-from rollcast.telemetry import EXPORTED_PREFIX, Series, Telemetry, series
+from rollcast.telemetry import EXPORTED_PREFIX, Series, series
 
 ROOT = Path(__file__).parents[2]
 NAME = re.compile(r"^[a-zA-Z_][a-zA-Z0-9_]*$")
@@ -77,38 +75,3 @@ def test_the_writer_publishes_the_row_it_wrote(tmp_path: Path) -> None:
     MetricsWriter(tmp_path / "metrics.jsonl", None, published.append).write(3, {"reward/mean": 0.5, "x": float("nan")})
     assert published == read(tmp_path / "metrics.jsonl")
     assert set(published[0]) == {"step", "time", "reward/mean"}
-
-
-@pytest.mark.ray
-def test_figures_appear_at_rays_endpoint(ray_cluster: str) -> None:
-    """Ray forgets a gauge that is set only once, after two of its report intervals."""
-    import time
-
-    import httpx
-    import ray
-
-    node = ray.nodes()[0]
-    endpoint = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-
-    def exported() -> dict[str, tuple[float, dict[str, str]]]:
-        families = text_string_to_metric_families(httpx.get(endpoint).text)
-        return {s.name: (s.value, s.labels) for family in families for s in family.samples if "rollcast" in s.name}
-
-    def wait_for(what: str, seconds: float) -> dict[str, tuple[float, dict[str, str]]]:
-        deadline = time.monotonic() + seconds
-        while what not in (found := exported()):
-            assert time.monotonic() < deadline, f"{what} is not among {sorted(found)}"
-            time.sleep(0.5)
-        return found
-
-    telemetry = Telemetry("told", again_s=0.2)
-    telemetry.publish({"step": 3, "reward/mean": 0.25})
-    telemetry.publish({"step": 4, "eval/QA-v0/f1": 0.5})
-    found = wait_for("ray_rollcast_eval", 30)
-    assert found["ray_rollcast_step"][0] == 4
-    assert found["ray_rollcast_reward_mean"][0] == 0.25
-    assert found["ray_rollcast_eval"][0] == 0.5
-    assert found["ray_rollcast_eval"][1].items() >= {"run": "told", "env": "QA-v0", "metric": "f1"}.items()
-    assert any(thread.name == "telemetry" for thread in threading.enumerate())
-    telemetry.close()
-    assert not any(thread.name == "telemetry" for thread in threading.enumerate())
