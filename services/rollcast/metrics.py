@@ -1,14 +1,14 @@
 """Figures of a run: `metrics.jsonl`, TensorBoard, and where the seconds went.
 
 Owns: writing rows under fixed names, cutting them after a resume, and accounting time by stage. Does not know how a
-figure comes about.
+figure comes about, nor what else is done with a row.
 """
 
 import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,13 @@ from rollcast.rundir import write_atomic
 
 
 class MetricsWriter:
-    """One object a step, flat keys; what is not known is absent, never NaN."""
+    """One object a step, flat keys; what is not known is absent, never NaN. `publish` is given each row as well."""
 
-    def __init__(self, path: Path, tensorboard: Path | None) -> None:
+    def __init__(
+        self, path: Path, tensorboard: Path | None, publish: Callable[[Mapping[str, Any]], None] | None = None
+    ) -> None:
         self.path = path
+        self._publish = publish
         self._board = SummaryWriter(str(tensorboard)) if tensorboard is not None else None
 
     def write(self, step: int, figures: Mapping[str, float]) -> dict[str, Any]:
@@ -34,6 +37,8 @@ class MetricsWriter:
             for name, value in known.items():
                 self._board.add_scalar(name, value, step)
             self._board.flush()
+        if self._publish is not None:
+            self._publish(row)
         return row
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from rollcast.evaluate import made_once
 from rollcast.progress import Progress
 from rollcast.resume import Start, choose_start
 from rollcast.rundir import RunDir
+from rollcast.telemetry import Telemetry
 from rollcast_learners.errors import LearnerLost
 from rollcast_learners.rllib import Learners, LearnerSpec
 
@@ -88,8 +89,11 @@ class Session(ABC):
         self.learner_restarts = self._deaths = 0
         self._again = start.again
         self.watch = metrics.Stopwatch()
-        self.writer = metrics.MetricsWriter(folder.metrics, folder.tensorboard if config.tracking.tensorboard else None)
+        board = folder.tensorboard if config.tracking.tensorboard else None
+        telemetry = Telemetry(config.run.name)
+        self.writer = metrics.MetricsWriter(folder.metrics, board, telemetry.publish)
         self._closers = ExitStack()
+        self._closers.callback(telemetry.close)
         self._closers.callback(self.writer.close)
         with ExitStack() as undo:
             undo.callback(self.close)
