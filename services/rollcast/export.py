@@ -133,7 +133,7 @@ def _saved_policy(source: Source, which: Which, config: RunConfig, report: Repor
     kept = best.read(source.run)
     if which == "best" and kept is not None:
         return SavedPolicy(
-            _published_tensors(_read_published(source.run.best)), int(kept["step"]), int(kept["policy_version"])
+            _published_tensors(read_published(source.run.best)), int(kept["step"]), int(kept["policy_version"])
         )
     found = _checkpoint_of(source, report)
     if found is None:
@@ -202,10 +202,11 @@ def newest_published(run: RunDir) -> Weights | None:
     folders = [
         path for path in run.weights.glob("v*") if path.name[1:].isdigit() and (path / "manifest.json").is_file()
     ]
-    return _read_published(max(folders, key=lambda path: int(path.name[1:]))) if folders else None
+    return read_published(max(folders, key=lambda path: int(path.name[1:]))) if folders else None
 
 
-def _read_published(folder: Path) -> Weights:
+def read_published(folder: Path) -> Weights:
+    """A policy by the manifest in its folder. Raises `RunFailed` for one that cannot be read."""
     manifest = read_json(folder / "manifest.json")
     try:
         entries = tuple(_entry(row) for row in manifest["tensors"])
