@@ -38,6 +38,7 @@ from torch import Tensor
 from rollcast_learners import sharding, state
 from rollcast_learners.arena import Arena, TensorSpec, policy_specs
 from rollcast_learners.batch import Batch
+from rollcast_learners.errors import LearnerLost
 from rollcast_learners.learner import PolicyLearner, StepResult
 from rollcast_learners.policy import Outputs, Policy, PolicySettings, Reference
 from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
@@ -313,13 +314,9 @@ class Learners:
             error = failed[0].get()
             raise getattr(error, "cause", error) from error  # As it was raised there, with the way it came.
 
-    def _loss(self, why: str) -> "LearnerLost":
+    def _loss(self, why: str) -> LearnerLost:
         self._lost = True
         return LearnerLost(why)
-
-
-class LearnerLost(RuntimeError):
-    """A learner is gone, and with it all that was learned since the last checkpoint. Says why."""
 
 
 def _group(config: LMConfig) -> LearnerGroup:

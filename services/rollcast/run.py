@@ -105,7 +105,7 @@ class Run(Session):
             self._closers.callback(self.store.close)
             self.weights = self._write_weights(first)
             self.fleet = self._start_fleet()
-            self.line.announce(self.weights, self.store.handle(self.fleet.tensors))
+            self._announce_to_replicas()
             self._closers.callback(self.fleet.close)
             self._fleet_started = True
             deadline = time.monotonic() + config.rollout.start_timeout_s
@@ -336,7 +336,12 @@ class Run(Session):
     def _announce(self) -> None:
         """Tells workers and replicas of the newest policy."""
         self.fleet.announce(self.weights)
-        self.line.announce(self.weights, self.store.handle(self.fleet.tensors))
+        self._announce_to_replicas()
+
+    def _announce_to_replicas(self) -> None:
+        handle = self.store.handle(self.fleet.tensors)
+        self._announced_on = handle.agents.keys()
+        self.line.announce(self.weights, handle)
 
     def _gather(self, activity: str) -> None:
         needed = 2 if self.config.learner.normalize_advantages in OVER_GROUPS else 1
@@ -428,6 +433,8 @@ class Run(Session):
     def _waiting(self, activity: str) -> None:
         if time.monotonic() - self._counted > COUNT_EVERY_S:
             self._most, self._counted = cluster.most_workers(self.config), time.monotonic()
+            if self._fleet_started and self.store.agents.keys() != self._announced_on:
+                self._announce_to_replicas()
         facts: dict[str, object] = {"step": self.step, "most_workers": self._most}
         if self._fleet_started:
             facts |= {

@@ -24,7 +24,8 @@ from rollcast.evaluate import made_once
 from rollcast.progress import Progress
 from rollcast.resume import Start, choose_start
 from rollcast.rundir import RunDir
-from rollcast_learners.rllib import LearnerLost, Learners, LearnerSpec
+from rollcast_learners.errors import LearnerLost
+from rollcast_learners.rllib import Learners, LearnerSpec
 
 DEATHS_IN_A_ROW = 3
 """A run whose learners die so often without a new checkpoint in between fails: the next ones would die too."""

