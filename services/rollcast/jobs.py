@@ -41,6 +41,7 @@ STOP_WAIT_S = 600
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 LOOK_EVERY_S = 0.3
 MOST_NODES = 10_000
+NODES_WITHIN_S = 20.0
 LOCAL = "http://127.0.0.1:8265"
 
 
@@ -110,9 +111,14 @@ class Jobs:
         return self._start(f"{run}-{uuid4().hex[:8]}", python, words, shipment.environment(), said)
 
     def nodes(self) -> list[Node]:
-        """All that live, the head first."""
-        with _telling(self.address), _alone(self.address):
-            found = list_nodes(self.address, filters=[("state", "=", "ALIVE")], limit=MOST_NODES)
+        """All that live, the head first; of a cluster that has just started, once they have said what they have."""
+        deadline = time.monotonic() + NODES_WITHIN_S
+        while True:
+            with _telling(self.address), _alone(self.address):
+                found = list_nodes(self.address, filters=[("state", "=", "ALIVE")], limit=MOST_NODES)
+            if (found and all(it.resources_total for it in found)) or time.monotonic() > deadline:
+                break
+            time.sleep(LOOK_EVERY_S)
         found.sort(key=lambda node: not node.is_head_node)
         return [
             Node(it.node_ip, it.resources_total.get("CPU", 0.0), it.resources_total.get("GPU", 0.0)) for it in found
