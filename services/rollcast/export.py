@@ -206,7 +206,7 @@ def newest_published(run: RunDir) -> Weights | None:
 
 
 def read_published(folder: Path) -> Weights:
-    """A policy by the manifest in its folder. Raises `RunFailed` for one that cannot be read."""
+    """A policy as it lies published in a folder. Raises `RunFailed` when its manifest cannot be read."""
     manifest = read_json(folder / "manifest.json")
     try:
         entries = tuple(_entry(row) for row in manifest["tensors"])
