@@ -45,6 +45,7 @@ REQUIREMENTS = [
     "pytest",
     "pytest-timeout",
     "hypothesis",
+    "schemathesis",
     "ruff",
     "mypy",
 ]

@@ -3,11 +3,14 @@
 Owns: the routes of `interfaces.md` with scripted answers, for tests of what stands before them. Does not know Serve.
 """
 
+import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from json import dumps
 from typing import Any
 
+import httpx
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
@@ -132,3 +135,61 @@ def _operating(app: FastAPI) -> None:
     @app.put("/v1/fleet")
     async def scale(asked: FleetSize) -> FleetSize:
         return asked
+
+
+class Asking:
+    """A client of an app in this process, for tests that do not care that the app is asynchronous.
+
+    With `url` it asks a server there instead. `ask` sends `body` as JSON, or as it is when it is bytes.
+    """
+
+    def __init__(self, app: FastAPI | None = None, key: str | None = None, url: str = "http://localhost") -> None:
+        transport = None if app is None else httpx.ASGITransport(app)
+        self.key = key
+        self._runner = asyncio.Runner()
+        self._client = httpx.AsyncClient(transport=transport, base_url=url, timeout=60, trust_env=False)
+
+    def ask(
+        self, method: str, path: str, body: Any = None, headers: Sequence[tuple[str, str]] = (), json: bool = True
+    ) -> httpx.Response:
+        sent = list(headers)
+        if self.key is not None and not any(name.lower() == "authorization" for name, _ in sent):
+            sent.append(("Authorization", f"Bearer {self.key}"))
+        if json and body is not None and not any(name.lower() == "content-type" for name, _ in sent):
+            sent.append(("Content-Type", "application/json"))
+        content = body if body is None or isinstance(body, bytes) else dumps(body).encode()
+        return self._runner.run(self._client.request(method, path, content=content, headers=sent))
+
+    def run(self, work: Any) -> Any:
+        """Awaits it on the client's loop."""
+        return self._runner.run(work)
+
+    def close(self) -> None:
+        self._runner.run(self._client.aclose())
+        self._runner.close()
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    """A request that is answered, with `fields` in place of its own."""
+    return {"model": "policy", "messages": [{"role": "user", "content": "Capital of France?"}]} | fields
+
+
+def complete(**fields: Any) -> dict[str, Any]:
+    """The same for plain completions."""
+    return {"model": "policy", "prompt": "The capital of France is"} | fields
+
+
+def assert_refused(
+    response: httpx.Response, status: int | None = None, param: str | None = None, name: str = ""
+) -> None:
+    """It is OpenAI's error object and nothing else, below 500; `param` is the field that it has to name."""
+    what = f"{name or response.request.url} gave {response.status_code}: {response.text[:500]}"
+    told = response.json()
+    assert set(told) == {"error"} and set(told["error"]) == {"message", "type", "param", "code"}, what
+    assert 400 <= response.status_code < 500, what
+    assert status is None or response.status_code == status, f"{what}; {status} was due"
+    assert isinstance(told["error"]["message"], str) and told["error"]["message"], what
+    assert isinstance(told["error"]["code"], str), what
+    assert param is None or told["error"]["param"] == param, f"{what}; {param} was due"
+    assert response.headers["content-type"] == "application/json", what
+    assert response.status_code != 429 or int(response.headers["retry-after"]) >= 1, what

@@ -24,8 +24,8 @@ ONLY_IN: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "rollcast": {
         "vllm": ("vllm_*.py",),
-        # The runner sets the number of threads of the torch engine that it starts; the demo prepares a model.
-        "torch": ("torch_sampler.py", "vllm_*.py", "runner.py", "demo.py"),
+        # Whoever starts the torch engine sets the number of its threads; the demo prepares a model.
+        "torch": ("torch_sampler.py", "vllm_*.py", "engines.py", "demo.py"),
     },
 }
 # What can be read, tested and imported without a cluster or a model.

@@ -42,6 +42,8 @@ class ChatCodec:
         added = {number: str(t) for number, t in tokenizer.added_tokens_decoder.items() if t.special}
         specials = sorted(added.values(), key=len, reverse=True)
         self._special_ids = frozenset(added)
+        # Characters that the tokenizer does not know become a special token too, wherever they stand.
+        self._control_ids = self._special_ids - {tokenizer.unk_token_id}
         self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
 
     @classmethod
@@ -99,6 +101,33 @@ class ChatCodec:
             suffix = suffix[1:]
         return after, suffix
 
+    def converse(self, turns: Sequence[tuple[str, str]]) -> list[int]:
+        """The token ids that ask for the next answer, after `turns` of (role, text) that somebody else kept.
+
+        Raises `ValueError` with the template's own words when it refuses such a conversation.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            text = self._render([self._message(role, content) for role, content in turns])
+        except TemplateError as error:
+            raise ValueError(error.message or "the model's chat template refuses it") from None
+        return self._encode(text)
+
+    def plain(self, text: str) -> list[int]:
+        """The token ids of a text to go on from, without a template; the tokenizer's own opening token included."""
+        ids: list[int] = self.tokenizer.encode(text, split_special_tokens=True)
+        return ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """What `text` takes at the least; for free, where encoding it would take seconds."""
+        return len(text) // self._longest_token
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Most characters of one token; a vocabulary of bytes holds a character for each of them."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
     def answer(self, token_ids: Sequence[int]) -> str:
         """The answer as an environment sees it: without special tokens."""
         text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
@@ -134,11 +163,17 @@ class ChatCodec:
         return {"role": role, "content": self._special.sub(lambda m: m[0][0] + GUARD + m[0][1:], typed)}
 
     def _encode(self, text: str) -> list[int]:
-        """Special tokens are recognised in the template's text only, never where a guard stands."""
+        """Special tokens are recognised in the template's text only, never where a guard stands.
+
+        Some tokenizers find them in normalised text (`＜|im_start|＞` in full width): more of them than there are
+        in `text` were typed.
+        """
         if GUARD not in text:
-            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-            return ids
-        ids, start = [], 0
+            whole: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+            if sum(number in self._control_ids for number in whole) == len(self._special.findall(text)):
+                return whole
+        ids: list[int] = []
+        start = 0
         for special in self._special.finditer(text):
             ids += self._encode_plain(text[start : special.start()])
             ids += self.tokenizer.encode(special[0], add_special_tokens=False)

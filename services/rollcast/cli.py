@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand
 
-from rollcast import cli_env, cli_talk
+from rollcast import cli_env, cli_fleet, cli_keys, cli_live, cli_talk
 from rollcast.errors import RollcastError, UsageError
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def _value_of(word: str, rest: Iterator[str]) -> str:
 
 
 app.add_typer(cli_env.verbs(WithOverrides, OVERRIDES), name="env")
+app.add_typer(cli_keys.verbs(), name="keys")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Settings of the run (docs/config.md).")]
 RunName = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run and of its folder.")]
@@ -428,6 +429,7 @@ def _run_dir(context: typer.Context) -> tuple[Path, list[str]]:
 
 cli_talk.add_talk_verbs(app)
 app.add_typer(cli_talk.feedback_verbs(WithOverrides, _run_dir), name="feedback")
+cli_live.add(app, WithOverrides, _run_dir)
 
 
 def _only_run_dir(context: typer.Context) -> Path:
@@ -438,6 +440,9 @@ def _only_run_dir(context: typer.Context) -> Path:
             f"{name} changes nothing here", "the run is only looked at", "only --run.dir is of use; leave it out"
         )
     return base
+
+
+cli_fleet.add_verbs(app, WithOverrides, _only_run_dir)
 
 
 def _overrides(context: typer.Context, run: str | None = None) -> list[str]:

@@ -56,12 +56,22 @@ def connected(config: RunConfig) -> Iterator[str]:
         ray.shutdown()
 
 
+def namespace() -> str:
+    """In which the run's named actors are found: `NAMESPACE`, or that of a caller's own session."""
+    found: str = ray.get_runtime_context().namespace
+    return found
+
+
 def require_devices(config: RunConfig) -> None:
     """Raises `ConfigError` with the counts when the cluster has fewer CPUs or GPUs than the run's actors ask for."""
-    rollout, learner = config.rollout, config.learner
+    rollout, learner, replicas = config.rollout, config.learner, served_replicas(config)
     wanted = {
-        "CPU": rollout.workers * rollout.cpus_per_worker + learner.num_learners * learner.cpus_per_learner,
-        "GPU": rollout.workers * rollout.gpus_per_worker + learner.num_learners * learner.gpus_per_learner,
+        "CPU": rollout.first_workers * rollout.cpus_per_worker
+        + learner.num_learners * learner.cpus_per_learner
+        + replicas * config.serve.cpus_per_replica,
+        "GPU": rollout.first_workers * rollout.gpus_per_worker
+        + learner.num_learners * learner.gpus_per_learner
+        + replicas * config.serve.gpus_per_replica,
     }
     has = ray.cluster_resources()
     short = {kind: count for kind, count in wanted.items() if count > has.get(kind, 0.0)}
@@ -70,9 +80,43 @@ def require_devices(config: RunConfig) -> None:
         found = ", ".join(f"{has.get(kind, 0.0):g} {kind}s" for kind in short)
         raise ConfigError(
             f"The run needs {needs}; the cluster has {found}.",
-            f"{rollout.workers} rollout workers and {learner.num_learners} learners hold their devices alone.",
-            "Ask for fewer with rollout.workers, rollout.cpus_per_worker or learner.cpus_per_learner, or add nodes.",
+            f"{rollout.first_workers} rollout workers, {learner.num_learners} learners and {replicas} replicas of the "
+            "live policy hold their devices alone.",
+            "Ask for fewer with rollout.workers, rollout.cpus_per_worker, learner.cpus_per_learner or "
+            "serve.cpus_per_replica, or add nodes.",
         )
+
+
+def served_replicas(config: RunConfig) -> int:
+    """Replicas of the live policy that are there for as long as the run trains."""
+    return config.serve.min_replicas if config.serve.enabled else 0
+
+
+def most_workers(config: RunConfig) -> int:
+    """How many rollout workers the cluster holds beside learners and replicas: each whole on one node."""
+    rollout, learner = config.rollout, config.learner
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    for _ in range(learner.num_learners):
+        _take(nodes, {"CPU": float(learner.cpus_per_learner), "GPU": float(learner.gpus_per_learner)})
+    replica = {"CPU": config.serve.cpus_per_replica, "GPU": config.serve.gpus_per_replica}
+    for _ in range(served_replicas(config) if any(replica.values()) else 0):
+        _take(nodes, replica)
+    worker = {"CPU": float(rollout.cpus_per_worker), "GPU": float(rollout.gpus_per_worker)}
+    return sum(_room(node, worker) for node in nodes)
+
+
+def _room(node: dict[str, float], needs: dict[str, float]) -> int:
+    """How many of that kind a node holds."""
+    return min(int(node.get(kind, 0.0) / count + 1e-9) for kind, count in needs.items() if count)
+
+
+def _take(nodes: list[dict[str, float]], needs: dict[str, float]) -> None:
+    """Puts one on the first node with room for it."""
+    for node in nodes:
+        if _room(node, needs):
+            for kind, count in needs.items():
+                node[kind] = node.get(kind, 0.0) - count
+            return
 
 
 def compute_dtype(config: RunConfig) -> Dtype:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomlkit
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from rollcast.config_feedback import FeedbackSection
+from rollcast.config_serve import ServeSection
 from rollcast.config_tune import TuneSection
 from rollcast.section import STRICT, AtLeastOne, NotNegative, Positive, Section, UpToOne, ZeroOrMore, refusal
 from rollcast_learners.algorithms import ALGORITHMS, OVER_GROUPS
@@ -141,11 +142,37 @@ class EnvSection(Section):
         return {"rewards": rewards, "own_weight": self.own_reward_weight}
 
 
+class WorkerRange(Section):
+    """Bounds of a fleet that follows what the learner waits for (docs/fleet.md), in place of a number of workers."""
+
+    min: NotNegative
+    """The fewest rollout workers; 0 lets a paused run rest without any."""
+    max: AtLeastOne
+    """The most rollout workers, as far as the cluster holds them."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "WorkerRange":
+        if self.min > self.max:
+            raise refusal("rollout.workers.min", f"it is above max = {self.max}", "lower it, or raise max")
+        return self
+
+
+def _kind_of_workers(value: object) -> str:
+    return WORKER_KINDS[isinstance(value, dict | WorkerRange)]
+
+
+WORKER_KINDS = ("N", "{min, max}")
+Workers = Annotated[
+    Annotated[AtLeastOne, Tag(WORKER_KINDS[0])] | Annotated[WorkerRange, Tag(WORKER_KINDS[1])],
+    Discriminator(_kind_of_workers),
+]
+
+
 class RolloutSection(Section):
     """How the policy plays: workers, their engines, and the bounds of an episode."""
 
-    workers: AtLeastOne = 1
-    """Rollout workers, each with an engine of its own."""
+    workers: Workers = 1
+    """Rollout workers, each with an engine of its own: a number, or `{min = N, max = M}`."""
     engine: Literal["vllm", "torch", "scripted"] = "vllm"
     """What samples: `vllm`; `torch`, slow and plain; or `scripted`, a fake without a model for tests."""
     group_size: AtLeastOne = 8
@@ -174,6 +201,10 @@ class RolloutSection(Section):
     """Tries for an episode before it is given up as an error."""
     max_turns: AtLeastOne = 16
     """Turns after which an episode is truncated."""
+    start_timeout_s: Positive = 900.0
+    """Seconds that a worker may take from its place on a node to its first policy before it is replaced."""
+    drain_s: Positive = 60.0
+    """Seconds that a worker which is not wanted any more may play on before it hands back what it has not finished."""
     max_error_share: UpToOne = 0.2
     """Share of episodes that may end in an error before the run stops with the first cause."""
 
@@ -206,6 +237,19 @@ class RolloutSection(Section):
     @classmethod
     def _whole_above_one(cls, gpus: float) -> float:
         return _whole_gpus("rollout.gpus_per_worker", gpus)
+
+    @property
+    def fleet_bounds(self) -> tuple[int, int]:
+        """The fewest and the most workers."""
+        if isinstance(self.workers, WorkerRange):
+            return self.workers.min, self.workers.max
+        return self.workers, self.workers
+
+    @property
+    def first_workers(self) -> int:
+        """How many workers a run starts with; without them it could not start."""
+        fewest, most = self.fleet_bounds
+        return min(max(fewest, 1), most)
 
 
 class LearnerSection(LearnerSettings):
@@ -324,6 +368,7 @@ class RunConfig(Section):
     weights: WeightsSection = WeightsSection()
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    serve: ServeSection = ServeSection()
     tracking: TrackingSection = TrackingSection()
     tune: TuneSection = TuneSection()
     feedback: FeedbackSection = FeedbackSection()

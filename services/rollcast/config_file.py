@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import tomlkit
 from annotated_types import Ge, Gt, Le, Lt
@@ -18,8 +18,17 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from rollcast.config import SAMPLING_KEYS, EnvSection, RewardSection, RunConfig, sampling_refusal
+from rollcast.config import (
+    SAMPLING_KEYS,
+    WORKER_KINDS,
+    EnvSection,
+    RewardSection,
+    RunConfig,
+    WorkerRange,
+    sampling_refusal,
+)
 from rollcast.errors import ConfigError
+from rollcast.live.limits import Limits
 
 # ---- reading
 
@@ -128,6 +137,8 @@ def _literal(keys: list[str], text: str) -> Any:
 
 LISTS: dict[str, type[BaseModel]] = {"env": EnvSection, "env.rewards": RewardSection}
 """Lists of tables: `[[env]]` and, below one, `[[env.rewards]]`."""
+TABLES: dict[str, type[BaseModel]] = {"rollout.workers": WorkerRange, "serve.limits": Limits}
+"""Tables in a section, the first in place of a value."""
 
 
 class Problem(NamedTuple):
@@ -139,12 +150,13 @@ class Problem(NamedTuple):
 
 
 def _explain(detail: ErrorDetails) -> Problem:
-    path, kind = _dotted(detail["loc"]), detail["type"]
+    location = tuple(part for part in detail["loc"] if part not in WORKER_KINDS)  # Of a union, pydantic names the kind.
+    path, kind = _dotted(location), detail["type"]
     if kind == "rollcast":
         context = detail["ctx"]
         return Problem(f"{context['path']} is refused", context["why"], context["fix"])
     if kind == "extra_forbidden":
-        return _unknown(detail["loc"])
+        return _unknown(location)
     if kind in ("missing", "too_short"):
         header = "[[env]] with an id" if path == "env" else path
         return Problem(f"{header} is missing", "the run needs it", f"add it. {_purpose(path)}".strip())
@@ -205,7 +217,7 @@ def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
     for name, field in RunConfig.model_fields.items():
         annotation: Any = field.annotation
         yield name, LISTS.get(name, annotation)
-        yield from ((inner, section) for inner, section in LISTS.items() if inner.startswith(f"{name}."))
+        yield from ((inner, table) for inner, table in (LISTS | TABLES).items() if inner.startswith(f"{name}."))
 
 
 def _key(name: str, field: FieldInfo) -> str:
@@ -246,7 +258,8 @@ def config_reference() -> str:
     parts = [_INTRODUCTION]
     for name, section in _sections():
         header = f"[[{name}]]" if name in LISTS else f"[{name}]"
-        rows = [_row(_key(*item), item[1]) for item in section.model_fields.items()]
+        fields = {key: field for key, field in section.model_fields.items() if field.annotation not in TABLES.values()}
+        rows = [_row(_key(*item), item[1]) for item in fields.items()]
         table = "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows])
         parts.append(f"## `{header}`\n\n{section.__doc__}\n\n{table}\n")
     return "\n".join(parts)
@@ -273,13 +286,20 @@ def _row(key: str, field: FieldInfo) -> str:
 
 
 def _values(field: FieldInfo) -> str:
-    annotation = field.annotation
-    if get_origin(annotation) in (Union, UnionType):
-        annotation = get_args(annotation)[0]
+    annotation: Any = field.annotation
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    annotation = kinds[0]
+    if get_origin(annotation) is Annotated:
+        annotation, *metadata = get_args(annotation)
+        limits = [bound for one in metadata for bound in getattr(one, "metadata", ())]
+        table = ", or a table" if type(None) not in kinds else ""
+        return ", ".join([_WORDS[annotation], *_bounds(limits)]) + table
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{_shown(choice)}`" for choice in get_args(annotation))
-    words = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}
-    return ", ".join([words.get(annotation, "table"), *_bounds(field.metadata)])  # type: ignore[arg-type]
+    return ", ".join([_WORDS.get(annotation, "table"), *_bounds(field.metadata)])
+
+
+_WORDS: dict[Any, str] = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}
 
 
 def _bounds(metadata: Sequence[object]) -> Iterator[str]:

@@ -5,7 +5,6 @@ saved (`export.py`), which questions a split has (`evaluate.py`) or how an episo
 """
 
 import asyncio
-import json
 import os
 import signal
 import sys
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 
 from rollcast.chat import ChatCodec
@@ -31,7 +29,7 @@ from rollcast.evaluate import evaluation_prompts, figures, repeated
 from rollcast.export import Exported, Report, Which, export
 from rollcast.runs import Source
 from rollcast.sampler import Sampler
-from rollcast.weights import OWNER, PREFIX, SHARED_MEMORY
+from rollcast.weights import owned_folder
 from rollcast_learners.types import Prompt, Sampling, Trajectory
 
 
@@ -180,7 +178,7 @@ async def _engine(config: RunConfig, policy: Exported) -> AsyncIterator[Sampler]
         return
     from rollcast.vllm_sampler import VllmSampler
 
-    with _traced() as record:
+    with owned_folder("eval") as folder:
         sampler = await VllmSampler.start(
             policy.path,
             policy.policy_version,
@@ -191,23 +189,12 @@ async def _engine(config: RunConfig, policy: Exported) -> AsyncIterator[Sampler]
             threads=len(os.sched_getaffinity(0)),
             structured=config.eval.restrict_answers,
             engine_args=rollout.engine_args,
-            record=record,
+            record=folder / engine_record("eval"),
         )
         try:
             yield sampler
         finally:
             await sampler.close()
-
-
-@contextmanager
-def _traced() -> Iterator[Path]:
-    """Where the engine is recorded while it lives, owned like a node's folder: should this process be killed, the next
-    run or `rollcast doctor --fix` sweeps up after it."""
-    prefix = f"{PREFIX}eval-{os.getpid()}-"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=SHARED_MEMORY) as folder:
-        owner = {"pid": os.getpid(), "started": psutil.Process().create_time()}
-        (Path(folder) / OWNER).write_text(json.dumps(owner), encoding="utf-8")
-        yield Path(folder) / engine_record("eval")
 
 
 @contextmanager

@@ -1,7 +1,11 @@
-"""The fleet of rollout workers: starts, feeds, listens, replaces. The only judge of who is alive.
+"""The fleet of rollout workers: starts, feeds, listens, replaces, grows and shrinks. The only judge of who is alive.
 
 Owns: worker actors (through RLlib's `FaultTolerantActorManager`), leases given to them, and what comes back. Does not
-know the learner, when to publish, or what an episode is.
+know the learner, when to publish, how many workers are wanted, or what an episode is.
+
+A worker has three phases. It is placed by Ray, perhaps on a node that is still to come; then it starts its engine and
+takes in the current policy; then it is ready and is fed. A worker that is not wanted any more drains: it is given
+nothing, finishes what it plays, and hands back what it has not finished when its time is up.
 
 A worker is lost when Ray says so, or when it does not answer a ping in time. Its leases return to the ledger, its
 readers are forgotten, and a new worker takes its place and pulls the current policy. A call that fails in a living
@@ -19,14 +23,22 @@ from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
 from rollcast.buffer import PlayedGroup
 from rollcast.errors import RunFailed
+from rollcast.intake import Loaded
 from rollcast.ledger import Lease, Ledger
 from rollcast.prompts import PromptStream
-from rollcast.runner import Played, RolloutRunner, WorkerSpec
+from rollcast.runner import Placed, Played, RolloutRunner, WorkerSpec
 from rollcast.weights import Store
-from rollcast.worker import Loaded, Occupation
+from rollcast.worker import Occupation
+from rollcast_learners.arena import TensorSpec
 from rollcast_learners.types import Prompt, Sampling, Trajectory, Weights
 
 PING_EVERY_S = 5.0
+LOOK_EVERY_S = 1.0
+"""How often nodes are counted, and a policy that did not arrive is asked for again."""
+TOLD_AFTER_S = 30.0
+"""A worker that Ray has not placed for so long is told of."""
+STOP_S = 20.0
+"""What an engine has to end in good order."""
 MAX_FAILED_STARTS = 5
 EVALUATION = -1
 """The lease of calls that are no rollouts: the ledger knows nothing of them."""
@@ -36,12 +48,24 @@ EVALUATION = -1
 class WorkerState:
     """What the fleet knows of one worker."""
 
+    place: Placed | None = None
     ready: bool = False
+    leave_by: float | None = None
+    """Until when it may finish what it plays; None for one that stays."""
     version: int = -1
     playing: int = 0
     pinged: float = 0.0
+    since: float = field(default_factory=time.monotonic)
+    """When its present phase began."""
     answered: float = field(default_factory=time.monotonic)
     loads: int = 0
+    missing: bool = False
+    """Whether the newest policy did not arrive and has to be asked for again."""
+    told: bool = False
+
+    @property
+    def takes_work(self) -> bool:
+        return self.ready and self.leave_by is None
 
 
 @dataclass(frozen=True)
@@ -53,10 +77,12 @@ class FleetSettings:
     cpus_per_worker: float
     gpus_per_worker: float
     lost_after_s: float
+    drain_s: float
+    start_s: float
 
 
 class Fleet:
-    """`feed` gives work, `gather` takes results and keeps the fleet whole."""
+    """`feed` gives work, `gather` takes results and keeps the fleet whole, `set_size` says how large that is."""
 
     def __init__(
         self,
@@ -75,27 +101,75 @@ class Fleet:
         self.store = store
         self.sampling = sampling
         self.weights = weights
+        self.tensors = tuple(TensorSpec(e.name, e.dtype, e.shape) for e in weights.manifest)
+        self.wanted = 0
         self.restarts = 0
-        self.refusals: list[str] = []
+        self.notices: list[str] = []
         self.loaded: list[Loaded] = []
         self.evaluated: list[Trajectory] = []
         self.lost_evaluations: list[Prompt] = []
         self.occupations: list[Occupation] = []
         self._failed_starts = 0
+        self._looked = time.monotonic()
         self._leases: dict[int, Lease] = {}
         self._evaluations: dict[int, tuple[int, list[Prompt]]] = {}
         self._next_evaluation = EVALUATION
         self._states: dict[int, WorkerState] = {}
+        self._leaving: list[tuple[Any, Any, float]] = []
         self.manager = FaultTolerantActorManager(max_remote_requests_in_flight_per_actor=10_000)
-        for _ in range(settings.workers):
+        self.set_size(settings.workers)
+
+    # ---- size
+
+    def set_size(self, wanted: int) -> None:
+        """New workers are started, or leaving ones stay after all; the least busy of too many begin to leave."""
+        self.wanted = wanted
+        staying = self._staying()
+        for worker in self._draining()[: max(wanted - len(staying), 0)]:
+            self._states[worker].leave_by = None
+        for _ in range(wanted - len(self._staying())):
             self._add()
+        # One that cannot play yet costs nothing; of equals the newest goes.
+        staying.sort(key=lambda worker: (self._states[worker].ready, self._states[worker].playing, -worker))
+        for worker in staying[: max(len(staying) - wanted, 0)]:
+            self._states[worker].leave_by = time.monotonic() + self.settings.drain_s
+
+    def ready(self) -> int:
+        """Workers that can be given work."""
+        return sum(state.takes_work for state in self._states.values())
+
+    def draining(self) -> int:
+        return len(self._draining())
+
+    def missing(self) -> str:
+        """Who is not ready, in words."""
+        late = {worker: state.place for worker, state in self._states.items() if not state.ready}
+        where = {
+            worker: "has no node" if place is None else f"is on node {place.node[:8]}" for worker, place in late.items()
+        }
+        return "Still starting: " + ", ".join(f"worker {worker} {told}" for worker, told in where.items())
+
+    @property
+    def workers(self) -> list[int]:
+        return list(self._states)
+
+    @property
+    def places(self) -> dict[int, Placed]:
+        """Where the workers are that have been placed."""
+        return {worker: state.place for worker, state in self._states.items() if state.place is not None}
+
+    def _staying(self) -> list[int]:
+        return [worker for worker, state in self._states.items() if state.leave_by is None]
+
+    def _draining(self) -> list[int]:
+        return [worker for worker, state in self._states.items() if state.leave_by is not None]
 
     # ---- giving
 
     def feed(self, allowance: int) -> None:
         """Leases groups to ready workers, the least busy first, until `allowance` groups are outstanding."""
         while self.ledger.outstanding < allowance:
-            free = [w for w, s in self._states.items() if s.ready and s.playing < self.settings.groups_per_worker]
+            free = [w for w, s in self._states.items() if s.takes_work and s.playing < self.settings.groups_per_worker]
             if not free:
                 return
             worker = min(free, key=lambda w: self._states[w].playing)
@@ -104,8 +178,12 @@ class Fleet:
             self._play(worker, lease.id, self.prompts.group(lease.group, lease.attempt), self.sampling)
 
     def evaluate(self, prompts: Sequence[Prompt], sampling: Sampling, chunk: int = 16) -> None:
-        """Plays prompts under the current policy; results appear in `evaluated`."""
-        ready = [worker for worker, state in self._states.items() if state.ready]
+        """Plays prompts under the current policy; results appear in `evaluated`, what nobody could play in
+        `lost_evaluations`."""
+        ready = [worker for worker, state in self._states.items() if state.takes_work]
+        if not ready:
+            self.lost_evaluations += prompts
+            return
         for start in range(0, len(prompts), chunk):
             worker = ready[(start // chunk) % len(ready)]
             part = list(prompts[start : start + chunk])
@@ -144,34 +222,35 @@ class Fleet:
         for worker, error in lost.items():
             self._replace(worker, str(error))
         self._ping()
+        self._drain()
+        self._look_around()
         self.ledger.expire()
         return groups
 
-    def ready(self) -> int:
-        return sum(state.ready for state in self._states.values())
-
-    @property
-    def workers(self) -> list[int]:
-        return list(self._states)
-
     def pids(self) -> dict[int, int]:
-        """Process ids of the worker actors, for whoever wants to look at (or end) one."""
-        actors = {worker: self.manager.actors()[worker] for worker in self._states}
+        """Process ids of the workers that have been placed, for whoever wants to look at (or end) one."""
+        actors = {worker: self.manager.actors()[worker] for worker in self.places}
         return {worker: ray.get(actor.pid.remote()) for worker, actor in actors.items()}
 
     def close(self) -> None:
         """Asks every worker to end its engine, and ends what does not."""
-        actors = list(self.manager.actors().values())
-        asked = [actor.stop.remote() for actor in actors]
-        ray.wait(asked, num_returns=len(asked), timeout=20)
-        for actor in actors:
+        for worker in list(self._states):
+            self._part(worker)
+        asked = [stopped for _, stopped, _ in self._leaving]
+        if asked:
+            ray.wait(asked, num_returns=len(asked), timeout=STOP_S)
+        for actor, _, _ in self._leaving:
             ray.kill(actor)
 
     def _take(self, worker: int, tag: str, value: Any) -> list[PlayedGroup]:
         state = self._states[worker]
         state.answered = time.monotonic()
-        if tag in ("start", "load"):
-            self._take_loaded(worker, tag, value)
+        if tag == "place":
+            self._start(worker, value)
+        elif tag == "start":
+            self._load(worker)
+        elif tag == "load":
+            self._take_loaded(worker, value)
         elif tag == "occupation":
             self.occupations.append(value)
         elif tag == "sample":
@@ -179,19 +258,21 @@ class Fleet:
             return self._take_played(value)
         return []
 
-    def _take_loaded(self, worker: int, tag: str, loaded: Loaded) -> None:
+    def _take_loaded(self, worker: int, loaded: Loaded) -> None:
         state = self._states[worker]
-        if tag == "start":
-            state.ready, self._failed_starts = True, 0
-        else:
-            state.loads -= 1
+        state.loads -= 1
         state.version = loaded.version
-        if loaded.refused is not None:
-            self.refusals.append(loaded.refused)
+        if not state.ready and loaded.version >= 0:  # It has a policy of this run, perhaps not yet the newest.
+            state.ready, self._failed_starts = True, 0
+        if loaded.refused is not None and state.ready:
+            self.notices.append(f"worker {worker} plays on with the old policy: {loaded.refused}")
         elif loaded.gap_mean is not None:
             self.loaded.append(loaded)
-        if tag == "start" and loaded.version < self.weights.version:
-            self._load(worker)
+        if loaded.version < self.weights.version and not state.loads:
+            if loaded.refused is None:  # Announced while it was not ready to hear of it.
+                self._load(worker)
+            else:
+                state.missing = loaded.missing or not state.ready
 
     def _take_played(self, played: Played) -> list[PlayedGroup]:
         if played.lease in self._evaluations:
@@ -215,25 +296,89 @@ class Fleet:
         worker = self.manager._next_id
         self.manager.add_actors([actor.remote(self.spec, worker)])
         self._states[worker] = WorkerState()
-        self._call(worker, "start", weights=self.weights)
+        self._call(worker, "place")
+
+    def _start(self, worker: int, place: Placed) -> None:
+        """It has a place: from now on its engine starts. Its node may have joined a moment ago."""
+        state = self._states[worker]
+        state.place, state.since = place, time.monotonic()
+        if place.node not in self.store.agents:
+            self.store.add_nodes()
+        self._call(worker, "start", store=self.store.handle(self.tensors))
 
     def _replace(self, worker: int, why: str) -> None:
+        """Another one in its place, unless it was leaving anyway."""
         if worker not in self._states:
             return
-        state = self._states.pop(worker)
-        if not state.ready:
+        state = self._states[worker]
+        self.ledger.release_worker(worker)
+        ray.kill(self._forget(worker))
+        if state.leave_by is not None:
+            return
+        self.store.add_nodes()
+        lost_node = state.place is not None and state.place.node not in self.store.agents
+        if not state.ready and not lost_node:  # A node that left says nothing about the engine.
             self._failed_starts += 1
             self._give_up_after(why)
         self.restarts += 1
-        for lease in self.ledger.release_worker(worker):
-            del self._leases[lease.id]
+        self._add()
+
+    def _forget(self, worker: int) -> Any:
+        """Nothing of it is expected any more. Its leases are the caller's to return. Returns the actor."""
+        del self._states[worker]
+        self._leases = {call: lease for call, lease in self._leases.items() if lease.worker != worker}
         self.store.forget(f"worker-{worker}")
         for call, (owner, prompts) in list(self._evaluations.items()):
             if owner == worker:
                 self.lost_evaluations += prompts
                 del self._evaluations[call]
-        ray.kill(self.manager.remove_actor(worker))
-        self._add()
+        return self.manager.remove_actor(worker)
+
+    def _drain(self) -> None:
+        """Leaving workers go when they are through, or when their time is up; what does not end then is ended."""
+        now = time.monotonic()
+        for worker in self._draining():
+            state = self._states[worker]
+            if not state.ready or not state.playing or now > (state.leave_by or now):
+                self._part(worker)
+        for leaving in list(self._leaving):
+            actor, stopped, deadline = leaving
+            if now > deadline or ray.wait([stopped], timeout=0)[0]:
+                self._leaving.remove(leaving)
+                ray.kill(actor)
+
+    def _part(self, worker: int) -> None:
+        """Takes leave of a worker: what it has not finished is handed back, and it ends in good order."""
+        placed = self._states[worker].place is not None
+        self.ledger.hand_back(worker)
+        actor = self._forget(worker)
+        if placed:
+            self._leaving.append((actor, actor.stop.remote(), time.monotonic() + STOP_S))
+        else:
+            ray.kill(actor)  # It would wait for its place first.
+
+    def _look_around(self) -> None:
+        """Nodes that joined get an agent; workers that miss the newest policy ask again; who is late is told of."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_EVERY_S:
+            return
+        self._looked = now
+        self.store.add_nodes()
+        for worker, state in list(self._states.items()):
+            if state.missing and not state.loads:
+                self._load(worker)
+            if not state.ready and state.leave_by is None:
+                self._hurry(worker, now - state.since)
+
+    def _hurry(self, worker: int, waited_s: float) -> None:
+        state, settings = self._states[worker], self.settings
+        if state.place is None and waited_s > TOLD_AFTER_S and not state.told:
+            state.told = True
+            needs = f"{settings.cpus_per_worker:g} CPUs and {settings.gpus_per_worker:g} GPUs"
+            self.notices.append(f"worker {worker} still waits for a node with {needs} free; the others play on")
+        elif state.place is not None and waited_s > settings.start_s:
+            where = f"on node {state.place.node[:8]}"
+            self._replace(worker, f"Worker {worker} {where} had no engine after {settings.start_s:g} s.")
 
     def _give_up_after(self, why: str) -> None:
         if self._failed_starts >= MAX_FAILED_STARTS:
@@ -264,8 +409,10 @@ class Fleet:
         self._call(worker, "sample", lease=lease, prompts=prompts, sampling=sampling, version=version)
 
     def _load(self, worker: int) -> None:
-        self._states[worker].loads += 1
-        self._call(worker, "load", weights=self.weights)
+        state = self._states[worker]
+        state.loads += 1
+        state.missing = False
+        self._call(worker, "load", weights=self.weights, store=self.store.handle(self.tensors))
 
     def _call(self, worker: int, method: str, **kwargs: Any) -> None:
         # Always by id: the manager's own round robin breaks once an actor has been removed.

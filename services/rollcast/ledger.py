@@ -135,6 +135,16 @@ class Ledger:
         self._return(lost, "worker lost")
         return lost
 
+    def hand_back(self, worker: int) -> list[Lease]:
+        """A worker leaves before it was through: its leases return to pending, as if they had not been tried."""
+        left = [lease for lease in self._leases.values() if lease.worker == worker]
+        for lease in left:
+            del self._leases[lease.id]
+            self._attempts[lease.group] -= 1
+            self._pending.append(lease.group)
+            self._write("return", lease.group, why="worker left")
+        return left
+
     def expire(self) -> list[Lease]:
         """Leases past their deadline return to pending; a late result will be refused."""
         now = self._clock()

@@ -142,20 +142,25 @@ def _processes(config: RunConfig) -> tuple[Process, ...]:
         else []
     )
     trainer = "the loop, ledger, versions, checkpoints" + ("" if group else f"; learns itself ({learns})")
-    if not rollout.workers:
+    if not rollout.first_workers:
         return (Process("trainer", 1, 0, 0, trainer), *group)
     return (
         Process("trainer", 1, 0, 0, trainer),
         *group,
         Process(
             "rollout worker",
-            rollout.workers,
+            rollout.first_workers,
             rollout.cpus_per_worker,
             rollout.gpus_per_worker,
-            f"{engine}, {rollout.concurrency} episodes at once",
+            f"{engine}, {rollout.concurrency} episodes at once{_grows(config)}",
         ),
         Process("weight agent", 1, 0, 0, f"{config.weights.transport} segments; one on every node"),
     )
+
+
+def _grows(config: RunConfig) -> str:
+    fewest, most = config.rollout.fleet_bounds
+    return f"; {fewest} to {most} as the learner needs them" if fewest < most else ""
 
 
 def _reserved(processes: Sequence[Process]) -> tuple[int, float]:
@@ -370,10 +375,10 @@ def _worker_needs(config: RunConfig, size: ModelSize) -> Iterator[Need]:
     # vLLM's engine is a process beside its worker.
     processes = 2 if rollout.engine == "vllm" else 1
     if rollout.engine != "scripted":
-        yield Need("workers: engine weights", place, rollout.workers * _compute_bytes(config) * size.parameters)
+        yield Need("workers: engine weights", place, rollout.first_workers * _compute_bytes(config) * size.parameters)
         cache = rollout.concurrency * rollout.max_model_len * 2 * size.layers * size.keys * _compute_bytes(config)
-        yield Need("workers: KV cache, all answers full", place, rollout.workers * cache)
-    yield Need("workers: Python and libraries", "memory", rollout.workers * processes * PROCESS_BYTES, about=True)
+        yield Need("workers: KV cache, all answers full", place, rollout.first_workers * cache)
+    yield Need("workers: Python and libraries", "memory", rollout.first_workers * processes * PROCESS_BYTES, about=True)
 
 
 def _checkpoint_bytes(config: RunConfig, size: ModelSize) -> int:

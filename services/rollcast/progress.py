@@ -59,9 +59,12 @@ class Progress:
         if self._spinner is not None:
             self._spinner.update(f"{activity}  [dim]{_facts(facts)}[/dim]")
         partial = self.status_file.with_name(f".{self.status_file.name}.{os.getpid()}")
-        status = {"time": time.time(), "waiting_for": activity, "total_steps": self.total_steps, **facts}
-        partial.write_text(json.dumps(status) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(self.status(activity, facts)) + "\n", encoding="utf-8")
         partial.replace(self.status_file)
+
+    def status(self, activity: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """What `status.json` holds, and the run's control hears."""
+        return {"time": time.time(), "waiting_for": activity, "total_steps": self.total_steps, **facts}
 
     def step(self, row: Mapping[str, Any]) -> None:
         """One line for one step, evaluation included when there was one."""

@@ -13,15 +13,18 @@ from statistics import fmean
 from typing import TypeVar
 
 from rollcast import checkpoint, cluster, figures, metrics, records
+from rollcast.autoscale import Bounds
 from rollcast.best import BestPolicy
 from rollcast.buffer import ErrorShare, PlayedGroup, TrajectoryBuffer
 from rollcast.chat import ChatCodec
 from rollcast.cluster import Dtype
 from rollcast.config import RunConfig
+from rollcast.control import Wishes
 from rollcast.errors import RunDiverged, RunFailed
 from rollcast.evaluate import Evaluation, evaluation_prompts
 from rollcast.fleet import Fleet, FleetSettings
 from rollcast.ledger import Ledger
+from rollcast.live.alongside import serve_alongside
 from rollcast.plot import learning_curve
 from rollcast.probe import probe_tokens
 from rollcast.prompts import PromptStream
@@ -29,9 +32,10 @@ from rollcast.resume import Start
 from rollcast.rundir import write_atomic
 from rollcast.runner import WorkerSpec
 from rollcast.session import Session
+from rollcast.staffing import Staffing
 from rollcast.weights import Store
 from rollcast_learners.algorithms import OVER_GROUPS
-from rollcast_learners.arena import NonFiniteWeights, TensorSpec
+from rollcast_learners.arena import NonFiniteWeights
 from rollcast_learners.batch import collate
 from rollcast_learners.learner import StepResult
 from rollcast_learners.policy import PolicySettings
@@ -46,6 +50,8 @@ EQUAL_GROUPS_IN_A_ROW = 10
 """Steps' worth of prompts without a difference after which dynamic sampling gives up: there may be nothing else."""
 LOOK_EVERY_S = 5.0
 """How often a learner with nothing to do is asked whether it lives."""
+COUNT_EVERY_S = 1.0
+"""How often the nodes of the cluster are counted: they come and go."""
 SLOW_REWARD_S = 1.0
 """A call of a user's reward function beyond this is told."""
 
@@ -61,6 +67,9 @@ class Run(Session):
         self._learner_thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
         self._closers.callback(self._learner_thread.shutdown, wait=False, cancel_futures=True)
         self._fleet_started = False
+        self._most = cluster.most_workers(config)
+        self._counted = time.monotonic()
+        self.staffing = Staffing(Bounds(*rollout.fleet_bounds), rollout.first_workers)
         self.sampling = Sampling(rollout.temperature, rollout.max_new_tokens)
         self.groups_per_step = config.learner.prompts_per_step
         self.buffer = TrajectoryBuffer(self.groups_per_step, config.buffer.max_staleness)
@@ -97,10 +106,23 @@ class Run(Session):
             self._closers.callback(self.store.close)
             self.weights = self._write_weights(first)
             self.fleet = self._start_fleet()
+            self.line.announce(self.weights, self.store.handle(self.fleet.tensors))
             self._closers.callback(self.fleet.close)
             self._fleet_started = True
-            while not self.fleet.ready() and self.stop.signal is None:
+            deadline = time.monotonic() + config.rollout.start_timeout_s
+            while self.fleet.wanted and not self.fleet.ready() and self.stop.signal is None:
                 self._gather("rollout workers to start")
+                self._refuse_to_wait_beyond(deadline)
+        if config.serve.enabled:
+            serve_alongside(config, self.folder, self.progress.say)
+
+    def _refuse_to_wait_beyond(self, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            raise RunFailed(
+                f"No rollout worker has started within {self.config.rollout.start_timeout_s:g} s.",
+                self.fleet.missing(),
+                "See `rollcast doctor` and the workers' logs in Ray's session folder, or add nodes.",
+            )
 
     def go_back(self, lost: str) -> None:
         """An evaluation in flight is completed first: it needs no learner, and its row may be one that stays."""
@@ -114,7 +136,7 @@ class Run(Session):
             while not begun.done():
                 self._gather("the learner to start")
             self.weights = begun.result()
-        self.fleet.announce(self.weights)
+        self._announce()
 
     def _begin_again(self, start: Start) -> Weights:
         """New learners and their first policy, under a number above all that were given to lost ones."""
@@ -125,15 +147,16 @@ class Run(Session):
 
     def _start_fleet(self) -> Fleet:
         config, rollout = self.config, self.config.rollout
-        specs = tuple(TensorSpec(e.name, e.dtype, e.shape) for e in self.weights.manifest)
         return Fleet(
-            WorkerSpec(config, self._dtype, self.store.handle(specs)),
+            WorkerSpec(config, self._dtype),
             FleetSettings(
-                rollout.workers,
+                rollout.first_workers,
                 max(rollout.concurrency // rollout.group_size, 1),
                 rollout.cpus_per_worker,
                 rollout.gpus_per_worker,
                 LOST_AFTER_LEASES * rollout.lease_s,
+                rollout.drain_s,
+                rollout.start_timeout_s,
             ),
             self.ledger,
             PromptStream(config.env, rollout.group_size, config.run.seed),
@@ -150,16 +173,17 @@ class Run(Session):
 
     def collect(self) -> list[PlayedGroup] | None:
         """One step's groups, none of them too old; None when the run was asked to stop meanwhile."""
-        with self.watch("wait for rollouts"):
-            while True:
-                for group in self.buffer.expire(self.weights.version):
-                    self.ledger.put_back(group.number, "too old")
-                if self.stop.signal is not None:
-                    return None
-                if self.buffer.ready():
-                    return self.buffer.take()
-                self._feed_and_gather("rollouts")
+        self.staffing.learner_comes(len(self.buffer) / max(self._waiting_room, 1))
+        while self.stop.signal is None:
+            for group in self.buffer.expire(self.weights.version):
+                self.ledger.put_back(group.number, "too old")
+            if self.buffer.ready() and not self.paused:
+                self.staffing.learner_goes(self.fleet.ready())
+                return self.buffer.take()
+            with self.watch("paused" if self.paused else "wait for rollouts"):
+                self._feed_and_gather("to be resumed" if self.paused else "rollouts")
                 self._look_after_learners()
+        return None
 
     def learn(self, groups: Sequence[PlayedGroup]) -> StepResult:
         """One learning step in the learner's process; workers are fed and heard meanwhile."""
@@ -186,7 +210,7 @@ class Run(Session):
                 "the learner to publish",
             )
             self._figures["sync/publish_s"] = time.monotonic() - started
-            self.fleet.announce(self.weights)
+            self._announce()
         # Only now do they make room for new groups: one started before the announcement would be a version older.
         self.ledger.trained(self._trained, self.step)
 
@@ -291,8 +315,27 @@ class Run(Session):
 
     def _feed_and_gather(self, activity: str) -> None:
         # A group started now is trained at the latest after those before it: this many bounds its age.
-        self.fleet.feed((self.config.buffer.max_staleness + 1) * self.groups_per_step)
+        if not self.paused:
+            self.fleet.feed(self._waiting_room + self.groups_per_step)
         self._gather(activity)
+
+    @property
+    def _waiting_room(self) -> int:
+        """Groups that may wait in the buffer while a batch is learned from."""
+        return self.config.buffer.max_staleness * self.groups_per_step
+
+    def _heed(self, wishes: Wishes) -> None:
+        super()._heed(wishes)
+        if self._fleet_started:
+            if wishes.workers is None:
+                self.fleet.set_size(self.staffing.wanted(self.paused, self.fleet.ready(), self._most))
+            else:
+                self.fleet.set_size(wishes.workers)
+
+    def _announce(self) -> None:
+        """Tells workers and replicas of the newest policy."""
+        self.fleet.announce(self.weights)
+        self.line.announce(self.weights, self.store.handle(self.fleet.tensors))
 
     def _gather(self, activity: str) -> None:
         needed = 2 if self.config.learner.normalize_advantages in OVER_GROUPS else 1
@@ -306,9 +349,9 @@ class Run(Session):
                 self.ledger.skip(group.number, "all samples equally good")
             else:
                 self.buffer.add([group.usable])
-        for refusal in self.fleet.refusals:
-            self.progress.say(f"a worker refused the new policy and plays on with the old one: {refusal}")
-        self.fleet.refusals.clear()
+        for notice in self.fleet.notices:
+            self.progress.say(notice)
+        self.fleet.notices.clear()
         self._stop_on_errors()
         self._waiting(activity)
 
@@ -342,6 +385,7 @@ class Run(Session):
     def _rates(self, seconds: float) -> dict[str, float]:
         """Where the time since the last row went: every role busy, idle, and what it waited for."""
         lap = self.watch.lap()
+        seconds = max(seconds - lap.get("paused", 0.0), 1e-6)
         self.fleet.ask_occupation()
         occupations, self.fleet.occupations = self.fleet.occupations, []
         busy, idle = sum(o.busy_s for o in occupations), sum(o.idle_s for o in occupations)
@@ -353,7 +397,7 @@ class Run(Session):
             rates["busy/learner"] = min(lap["learn"] / seconds, 1.0)
         if busy + idle > 0:
             rates["busy/rollout"] = busy / (busy + idle)
-            rates["rollout/tokens_per_s"] = sum(o.tokens for o in occupations) / (busy + idle) * len(self.fleet.workers)
+            rates["rollout/tokens_per_s"] = sum(o.tokens for o in occupations) / (busy + idle) * self.fleet.ready()
         if loaded:
             rates |= {
                 "sync/load_s": fmean(one.load_s for one in loaded),
@@ -371,6 +415,7 @@ class Run(Session):
             "dropped/error": float(self.dropped_errors),
             "dropped/equal": float(self.dropped_equal),
             "fleet/workers": float(self.fleet.ready()),
+            "fleet/wanted": float(self.fleet.wanted),
             "fleet/restarts": float(self.fleet.restarts),
             "learner/restarts": float(self.learner_restarts),
             **{f"ledger/{state}": float(count) for state, count in self.ledger.counts().items()},
@@ -380,15 +425,19 @@ class Run(Session):
         self.progress.step(self.writer.write(self._held_step, self._held))
 
     def _waiting(self, activity: str) -> None:
-        facts: dict[str, object] = {"step": self.step}
+        if time.monotonic() - self._counted > COUNT_EVERY_S:
+            self._most, self._counted = cluster.most_workers(self.config), time.monotonic()
+        facts: dict[str, object] = {"step": self.step, "most_workers": self._most}
         if self._fleet_started:
             facts |= {
                 "version": self.weights.version,
                 "workers": self.fleet.ready(),
+                "wanted": self.fleet.wanted,
+                "draining": self.fleet.draining(),
                 "buffered": len(self.buffer),
             }
             facts |= self.ledger.counts()
-        self.progress.waiting(activity, facts)
+        self._tell(activity, facts)
 
 
 def learner_spec(config: RunConfig, dtype: Dtype, supervised: bool = False) -> LearnerSpec:

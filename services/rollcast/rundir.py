@@ -122,8 +122,8 @@ class RunDir:
                 "Choose another with --run.dir, or free that path.",
             ) from error
 
-    def claim(self, address: str, namespace: str) -> None:
-        """Writes `run.json`. Raises `UsageError` while another living process of this host owns the run."""
+    def refuse_owned(self) -> None:
+        """Raises `UsageError` while another living process of this host owns the run."""
         owner = self.owner()
         if owner and is_alive(owner):
             raise UsageError(
@@ -131,11 +131,16 @@ class RunDir:
                 f"Process {owner['pid']} on this host owns {self.path}.",
                 "Stop that process, or choose another name with --run.",
             )
+
+    def claim(self, address: str, namespace: str) -> None:
+        """Writes `run.json`. Raises `UsageError` while another living process of this host owns the run."""
+        self.refuse_owned()
         process = psutil.Process()
         record: dict[str, Any] = {
             "name": self.path.name,
             "address": address,
             "namespace": namespace,
+            "auth": os.environ.get("RAY_AUTH_MODE", "disabled").lower(),
             "pid": process.pid,
             "process_started": process.create_time(),
             "host": socket.gethostname(),

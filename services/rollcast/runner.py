@@ -23,11 +23,12 @@ from ray.rllib.env.env_runner import EnvRunner
 from rollcast.chat import ChatCodec
 from rollcast.config import RunConfig
 from rollcast.engine_traces import engine_record, sweep_dead
+from rollcast.engines import start_engine
 from rollcast.episode import EpisodeLimits
-from rollcast.sampler import EngineDied, Sampler, ScriptedSampler
+from rollcast.intake import Loaded
+from rollcast.sampler import EngineDied, Sampler
 from rollcast.weights import StoreHandle
-from rollcast.worker import Loaded, Occupation, RolloutWorker
-from rollcast_learners.settings import LoraSettings
+from rollcast.worker import Occupation, RolloutWorker
 from rollcast_learners.types import Prompt, Sampling, Trajectory, Weights
 
 WATCH_EVERY_S = 1.0
@@ -39,7 +40,14 @@ class WorkerSpec:
 
     config: RunConfig
     dtype: str
-    store: StoreHandle
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where Ray has put a worker. Worker -> fleet."""
+
+    node: str
+    gpu_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +66,21 @@ class RolloutRunner(EnvRunner):
         self.spec = spec
         self.name = f"worker-{worker_id}"
         self.worker: RolloutWorker | None = None
+        self.store: StoreHandle | None = None
 
     async def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The manager's way in. RLlib's own exits the process on any exception; here a bug is told to the caller."""
         result = func(self, *args, **kwargs)
         return await result if inspect.isawaitable(result) else result
 
-    async def start(self, weights: Weights) -> Loaded:
-        """Starts the engine and takes in the current policy. Minutes on a large model."""
+    async def place(self) -> Placed:
+        """Answered as soon as the worker has a place on the cluster."""
+        context = ray.get_runtime_context()
+        return Placed(context.get_node_id(), tuple(context.get_accelerator_ids().get("GPU", ())))
+
+    async def start(self, store: StoreHandle) -> None:
+        """Starts the engine, which has no policy of the run yet. Minutes on a large model."""
+        self.store = store
         rollout = self.spec.config.rollout
         codec = ChatCodec.of(self.spec.config.model)
         self.worker = RolloutWorker(
@@ -76,7 +91,6 @@ class RolloutRunner(EnvRunner):
             self.spec.config.weights.probe_max_gap,
         )
         self._watch = asyncio.ensure_future(self._exit_with_engine())
-        return await self.load(weights)
 
     async def sample(self, lease: int, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> Played:
         try:
@@ -84,14 +98,19 @@ class RolloutRunner(EnvRunner):
         except EngineDied as error:
             self._exit(error)
 
-    async def load(self, weights: Weights) -> Loaded:
-        """Takes in an announced policy: see `RolloutWorker.load`."""
+    async def load(self, weights: Weights, store: StoreHandle) -> Loaded:
+        """Takes in an announced policy: see `RolloutWorker.load`. `store` knows the nodes that joined since."""
+        self.store = store
+
+        async def pull(weights: Weights) -> str:
+            return await store.pull(weights, self.name)
+
         try:
-            return await self._started.load(weights, self._pull)
+            return await self._started.load(weights, pull)
         except EngineDied as error:
             self._exit(error)
         finally:
-            await self.spec.store.release(weights.version, self.name)
+            await store.release(weights.version, self.name)
 
     async def occupation(self) -> Occupation:
         return self._started.occupation()
@@ -127,45 +146,15 @@ class RolloutRunner(EnvRunner):
         assert self.worker is not None, "the fleet calls start() first and waits for it"
         return self.worker
 
-    async def _pull(self, weights: Weights) -> str:
-        return await self.spec.store.pull(weights, self.name)
-
-    @property
-    def _loaded_adapter(self) -> LoraSettings | None:
-        """The adapters that the engine adds itself; none where policies arrive whole."""
-        config = self.spec.config
-        return config.adapter if config.published_kind == "adapter" else None
-
     async def _engine(self, codec: ChatCodec) -> Sampler:
-        config = self.spec.config
-        rollout, path = config.rollout, config.model.path
-        if rollout.engine == "scripted":
-            return ScriptedSampler(codec.tokenizer.eos_token_id, max_model_len=rollout.max_model_len)
-        if rollout.engine == "torch":
-            import torch
-
-            from rollcast.torch_sampler import TorchSampler
-
-            torch.set_num_threads(rollout.cpus_per_worker)
-            trusted = config.model.trust_remote_code
-            return TorchSampler(path, self.spec.dtype, rollout.max_model_len, trusted, self._loaded_adapter)
-        from rollcast.vllm_sampler import VllmSampler
-
-        folder = await self.spec.store.folder()
+        assert self.store is not None, "an engine is started by start()"
+        folder = await self.store.folder()
+        if folder is None:
+            self._exit("the weight store's agent on this node is gone")
         sweep_dead(folder)
-        return await VllmSampler.start(
-            path,
-            -1,
-            dtype=self.spec.dtype,
-            max_model_len=rollout.max_model_len,
-            concurrency=rollout.concurrency,
-            tensor_parallel=rollout.tensor_parallel,
-            threads=rollout.cpus_per_worker,
-            structured=config.eval.restrict_answers,
-            adapter=self._loaded_adapter,
-            engine_args=rollout.engine_args,
-            record=folder / engine_record(self.name),
-        )
+        rollout, record = self.spec.config.rollout, folder / engine_record(self.name)
+        size = {"concurrency": rollout.concurrency, "threads": rollout.cpus_per_worker}
+        return await start_engine(self.spec.config, self.spec.dtype, codec, record, **size)
 
     async def _exit_with_engine(self) -> None:
         while await self._started.alive():

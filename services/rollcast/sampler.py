@@ -5,13 +5,13 @@ Owns: what an engine must be able to do. Does not know any engine, any environme
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from rollcast_learners.types import Completion, Sampling, VersionSpan, Weights
+from rollcast_learners.types import Completion, FinishReason, Sampling, VersionSpan, Weights
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,35 @@ class LoadReport:
 
     pause_s: float
     load_s: float
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a served answer is drawn. Temperature 0 is greedy. Training has `Sampling`, which bends no distribution."""
+
+    temperature: float
+    max_new_tokens: int
+    top_p: float = 1.0
+    seed: int | None = None
+    """The same seed, prompt and policy give the same answer; None draws anew."""
+    alternatives: int = 0
+    """How many of the likeliest tokens to tell at each place, with their log-probabilities."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What an answer grew by: one entry a token. Sampler -> live policy."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Of the distribution sampled from."""
+    versions: tuple[int, ...]
+    alternatives: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """The likeliest tokens at each place, if asked for."""
+    finish_reason: FinishReason | None = None
+    """On the last delta alone."""
+    spans: tuple[VersionSpan, ...] | None = None
+    """Of the whole answer, on the last delta, where the engine itself tells them."""
 
 
 class EngineDied(RuntimeError):
@@ -34,6 +63,12 @@ class Sampler(Protocol):
     async def sample(self, token_ids: Sequence[int], sampling: Sampling, request_id: str) -> Completion:
         """Continues `token_ids`. Raises `EngineDied` when the engine is lost, `ValueError` when the prompt
         does not fit the context, or when the engine cannot restrict answers to `sampling.choices`."""
+
+    def stream(self, token_ids: Sequence[int], drawing: Drawing, request_id: str) -> AsyncIterator[Delta]:
+        """Continues `token_ids`, told as it grows. Closing the iterator ends the answer in the engine too.
+
+        Raises as `sample` does, at the first step.
+        """
 
     async def load(self, weights: Weights, folder: str) -> LoadReport:
         """Swaps to `weights`, whose segment files lie in `folder` on this node and were validated by the
@@ -98,6 +133,18 @@ class ScriptedSampler:
             "stop" if said[-1] == self.eos_token_id else "length",
         )
 
+    async def stream(self, token_ids: Sequence[int], drawing: Drawing, request_id: str) -> AsyncIterator[Delta]:
+        room = room_in(self.max_model_len, token_ids, drawing.max_new_tokens)
+        draw = random.Random(request_id if drawing.seed is None else f"seed {drawing.seed}")
+        said = [*self.script(token_ids, self.version, draw), self.eos_token_id][:room]
+        for place, token in enumerate(said):
+            await asyncio.sleep(self.seconds_per_token)
+            await self._running.wait()
+            reason: FinishReason = "stop" if token == self.eos_token_id else "length"
+            others = ((token, -1.0),) if drawing.alternatives else ()
+            last = place == len(said) - 1
+            yield Delta((token,), (-1.0,), (self.version,), (others,), reason if last else None)
+
     async def load(self, weights: Weights, folder: str) -> LoadReport:
         self._running.clear()
         await asyncio.sleep(self.seconds_to_load)
@@ -119,7 +166,12 @@ def room_for(token_ids: Sequence[int], sampling: Sampling, max_model_len: int) -
     """How many tokens an engine without structured output may answer. Raises `ValueError` as `Sampler.sample` does."""
     if sampling.choices is not None:
         raise ValueError("this engine has no structured output: set eval.restrict_answers to false")
-    room = min(sampling.max_new_tokens, max_model_len - len(token_ids))
+    return room_in(max_model_len, token_ids, sampling.max_new_tokens)
+
+
+def room_in(max_model_len: int, token_ids: Sequence[int], max_new_tokens: int) -> int:
+    """How many tokens an answer may have. Raises `ValueError` when there is room for none."""
+    room = min(max_new_tokens, max_model_len - len(token_ids))
     if room < 1:
         raise ValueError(f"a prompt of {len(token_ids)} tokens does not fit a context of {max_model_len}")
     return room

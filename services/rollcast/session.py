@@ -1,21 +1,24 @@
 """A run from its first process to its last: opened, asked to stop by signals, and closed whatever happened.
 
-Owns: the order of opening and closing, how signals ask a run to stop, what every loop asks of its run, and going back
-to the newest checkpoint when a learner dies. Does not know what is done in a step.
+Owns: the order of opening and closing, how signals and wishes ask a run to stop or to rest, what every loop asks of its
+run, and going back to the newest checkpoint when a learner dies. Does not know what is done in a step.
 """
 
+import os
 import signal
+import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from rollcast import cluster, metrics
 from rollcast.config import RunConfig
+from rollcast.control import Line, Wishes
 from rollcast.errors import RunFailed
 from rollcast.evaluate import made_once
 from rollcast.progress import Progress
@@ -32,8 +35,8 @@ LEARNER_FIX = (
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop, and by which signal. SIGTERM and the first Ctrl-C ask; it may still be
-    starting then. A second Ctrl-C interrupts."""
+    """Whether somebody asked the run to stop, and by which signal. SIGTERM, the first Ctrl-C and `rollcast stop` ask;
+    it may still be starting then. A second Ctrl-C interrupts."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.signal: int | None = None
@@ -54,6 +57,10 @@ class StopRequest:
     def _ask(self, number: int, _: FrameType | None) -> None:
         if self.signal == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
+        self.ask(number)
+
+    def ask(self, number: int = signal.SIGTERM) -> None:
+        """As if that signal had come."""
         self.signal = number
         self._say("stopping: the run saves a checkpoint first")
 
@@ -68,11 +75,15 @@ class Session(ABC):
 
     learners: Learners
 
-    def __init__(self, config: RunConfig, folder: RunDir, start: Start, progress: Progress, stop: StopRequest) -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunDir, start: Start, progress: Progress, stop: StopRequest, line: Line
+    ) -> None:
         self.config = config
         self.folder = folder
         self.progress = progress
         self.stop = stop
+        self.line = line
+        self.paused = False
         self.learner_restarts = self._deaths = 0
         self._again = start.again
         self.watch = metrics.Stopwatch()
@@ -144,6 +155,19 @@ class Session(ABC):
         """A checkpoint of this step is on the disk: from now on it is what the run goes back to."""
         self._saved_step, self._again, self._deaths = self.step, "auto", 0
 
+    def _tell(self, activity: str, facts: Mapping[str, Any]) -> None:
+        """Says what the run does to whoever looks, and heeds what was asked of it. Called all the while."""
+        said = {**facts, "paused": self.paused}
+        self.progress.waiting(activity, said)
+        self._heed(self.line.say(self.progress.status(activity, said)))
+
+    def _heed(self, wishes: Wishes) -> None:
+        if wishes.stop and self.stop.signal is None:
+            self.stop.ask()
+        if wishes.paused != self.paused:
+            self.paused = wishes.paused
+            self.progress.say("paused: nothing more is learned until it is resumed" if self.paused else "resumed")
+
     @property
     def goes_on(self) -> bool:
         return self.step < self.config.run.steps and self.stop.signal is None
@@ -165,7 +189,7 @@ def opened(
     config: RunConfig,
     path: Path,
     resume: str,
-    make: Callable[[RunConfig, RunDir, Start, Progress, StopRequest], R],
+    make: Callable[[RunConfig, RunDir, Start, Progress, StopRequest, Line], R],
     plays: bool = True,
 ) -> Iterator[R]:
     """A run from its first process to its last. Signals ask it to stop; a second Ctrl-C does not wait."""
@@ -174,21 +198,33 @@ def opened(
     folder = RunDir(path)
     folder.create()
     with cluster.connected(config if plays else config.without_rollouts()) as address:
-        folder.claim(address, cluster.NAMESPACE)
-        progress = Progress(folder.path / "status.json", folder.logs / "trainer.log", config.run.steps)
-        start = choose_start(folder, resume, progress.say)
-        folder.config.write_text(resolved(config).to_toml(), encoding="utf-8")
-        progress.start()
-        stop = StopRequest(progress.say)
-        try:
-            with stop.listening():
-                run = make(config, folder, start, progress, stop)
-                try:
-                    yield run
-                finally:
-                    run.close()
-        finally:
-            progress.stop()
+        folder.refuse_owned()
+        with closing(Line(config.run.name, f"process {os.getpid()} on {socket.gethostname()}")) as line:
+            folder.claim(address, cluster.namespace())
+            yield from _seen_through(config, folder, resume, make, line)
+
+
+def _seen_through(
+    config: RunConfig,
+    folder: RunDir,
+    resume: str,
+    make: Callable[[RunConfig, RunDir, Start, Progress, StopRequest, Line], R],
+    line: Line,
+) -> Iterator[R]:
+    progress = Progress(folder.path / "status.json", folder.logs / "trainer.log", config.run.steps)
+    start = choose_start(folder, resume, progress.say)
+    folder.config.write_text(resolved(config).to_toml(), encoding="utf-8")
+    progress.start()
+    stop = StopRequest(progress.say)
+    try:
+        with stop.listening():
+            run = make(config, folder, start, progress, stop, line)
+            try:
+                yield run
+            finally:
+                run.close()
+    finally:
+        progress.stop()
 
 
 def resolved(config: RunConfig) -> RunConfig:

@@ -34,6 +34,7 @@ from rollcast_learners.types import Trajectory
 POLICY = "policy"
 """Folder of the run that holds the last policy in Hugging Face's form: what `model.path` of the next run names."""
 HELD_OUT_EXAMPLES = 128
+REST_S = 0.2
 
 
 def sft(config: RunConfig, run_dir: Path, resume: str = "auto") -> None:
@@ -51,6 +52,7 @@ def loop(run: "SupervisedRun") -> None:
         run.evaluate()
         run.record()
     while run.goes_on:
+        run.rest()
         run.learn(run.examples())
         if run.is_due(run.config.eval.every):
             run.evaluate()
@@ -85,6 +87,13 @@ class SupervisedRun(Session):
         self._start_learners(spec, start)
 
     # ---- the verbs of the loop
+
+    def rest(self) -> None:
+        """Waits as long as the run is paused, and not asked to stop."""
+        while self.paused and self.stop.signal is None:
+            with self.watch("paused"):
+                self._waiting("to be resumed")
+                time.sleep(REST_S)
 
     def examples(self) -> Batch:
         """The references of the next step: each environment's split in an order drawn anew each time through."""
@@ -167,7 +176,7 @@ class SupervisedRun(Session):
         return found
 
     def _waiting(self, activity: str) -> None:
-        self.progress.waiting(activity, {"step": self.step})
+        self._tell(activity, {"step": self.step, "most_workers": 0})
 
 
 @lru_cache(maxsize=8)

@@ -105,7 +105,7 @@ def status(run: RunDir) -> RunStatus:
         waiting_for=said.get("waiting_for"),
         buffered=said.get("buffered"),
         figures=_figures(rows),
-        fleet=_counts("fleet/", last) | ({"workers": int(said["workers"])} if "workers" in said else {}),
+        fleet=_counts("fleet/", last) | {name: int(said[name]) for name in FLEET_FACTS if name in said},
         ledger=_counts("ledger/", last) | {name: int(said[name]) for name in LEDGER_STATES if name in said},
         dropped=_counts("dropped/", last),
         staleness=_below("staleness/", _newest(rows, "staleness/mean")),
@@ -114,6 +114,7 @@ def status(run: RunDir) -> RunStatus:
     )
 
 
+FLEET_FACTS = ("workers", "wanted", "draining")
 LEDGER_STATES = ("pending", "leased", "done", "failed")
 
 

@@ -23,6 +23,7 @@ from rollcast.run import Run
 from rollcast.rundir import RunDir
 from rollcast.session import opened
 from rollcast.train import loop, train
+from run_checks import assert_nothing_lost, wait_for
 
 SCRIPTED = Path(__file__).resolve().parents[2] / "deploy" / "configs" / "scripted.toml"
 
@@ -52,32 +53,6 @@ def run_with(config: RunConfig, fault: Callable[[Run], None]) -> tuple[RunDir, i
     if failures:
         raise failures[0]
     return folder, run.step
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def assert_nothing_lost(folder: RunDir, steps: int, groups_per_step: int) -> Counter[str]:
-    """Every group is done once, failed, or back to pending; returns how often each journal event stands there.
-
-    Training that a rollback undid does not count.
-    """
-    events = [json.loads(line) for line in folder.ledger.read_text().splitlines()]
-    trained: list[tuple[int, int]] = []
-    for event in events:
-        if event["event"] == "done":
-            trained.append((event["group"], event["step"]))
-        elif event["event"] == "rollback":
-            trained = [(group, step) for group, step in trained if step <= event["step"]]
-    done = Counter(group for group, _ in trained)
-    assert len(done) == steps * groups_per_step
-    assert set(done.values()) == {1}, "no group is trained twice"
-    assert metrics.read(folder.metrics)[-1]["step"] == steps
-    return Counter(event["event"] for event in events)
 
 
 @pytest.mark.ray

@@ -20,7 +20,7 @@ from rollcast.train import train
 SCRIPTED = Path(__file__).resolve().parents[2] / "deploy" / "configs" / "scripted.toml"
 QUIET = Live(0.9, 100)
 LETTERS = """
-def letters(answer, references, fields):
+def letters(answer, references):
     return sum("a" <= character <= "z" for character in answer) / max(1, len(answer))
 """
 

@@ -489,6 +489,8 @@ def test_addresses_of_clusters(address: str, expected: tuple[str | None, int | N
 # ---- help
 
 
-@pytest.mark.parametrize("verb", ["status", "runs", "rollouts", "export", "eval", "doctor"])
+@pytest.mark.parametrize(
+    "verb", ["status", "runs", "rollouts", "export", "eval", "doctor", "scale", "pause", "resume", "stop"]
+)
 def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"Example: rollcast {verb}" in told(capsys, verb, "--help")

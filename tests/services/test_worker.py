@@ -12,8 +12,9 @@ import pytest
 import faulty_envs  # noqa: F401  (registers them)
 from rollcast.chat import ChatCodec
 from rollcast.episode import EpisodeLimits
+from rollcast.intake import WeightsRefused
 from rollcast.sampler import EngineDied, LoadReport, ScriptedSampler
-from rollcast.worker import RolloutWorker, WeightsRefused
+from rollcast.worker import RolloutWorker
 from rollcast_learners.types import Probe, Prompt, Sampling, Trajectory, Weights
 from tiny_model import write_tiny_model
 
@@ -156,10 +157,10 @@ def test_a_failure_after_the_pause_loses_the_engine(codec: ChatCodec) -> None:
     async def go() -> None:
         bench = Bench(codec)
         await bench.load(0)
-        bench.worker.sampler = Failing(bench.diary)
+        bench.worker.intake.sampler = Failing(bench.diary)
         with pytest.raises(EngineDied, match=r"version 1 failed with KeyError: 'lm_head.weight'"):
             await bench.load(1)
-        bench.worker.sampler = bench.sampler
+        bench.worker.intake.sampler = bench.sampler
         short = Probe(PROBE.token_ids_RL, PROBE.logprobs_RL[:, :3])
         with pytest.raises(EngineDied, match="version 2 failed with ValueError"):
             await bench.load(2, short)

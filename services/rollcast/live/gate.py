@@ -32,6 +32,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 WORK = frozenset({"/v1/chat/completions", "/v1/completions"})
 """Routes that take an engine's time: they wait for a turn. All others are answered at once, also under load."""
+UNREADABLE = "unsupported_media_type"
 WITH_BODY = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
 
@@ -115,7 +116,9 @@ class Gate:
         body = await read_body(receive, self.doorkeeper.limits)
         if body:
             if media_type(scope) != b"application/json":
-                raise ApiError(415, "the body has to be JSON: send 'Content-Type: application/json'", "body")
+                raise ApiError(
+                    415, "the body has to be JSON: send 'Content-Type: application/json'", "body", UNREADABLE
+                )
             read_json(body)
         return replayed(body, receive)
 
@@ -135,7 +138,7 @@ async def read_body(receive: Receive, limits: Limits) -> bytes:
                     raise too_large(limits.body_bytes)
                 more = message.get("more_body", False)
     except TimeoutError:
-        raise ApiError(408, f"the body did not come in within {limits.body_s:g} s", "body") from None
+        raise ApiError(408, f"the body did not come in within {limits.body_s:g} s", "body", "body_timeout") from None
     return bytes(body)
 
 
@@ -161,10 +164,10 @@ def too_large(most: int) -> ApiError:
 def refuse_headers(scope: Scope, most: int) -> None:
     """What the headers say about the body is enough to refuse it."""
     if any(encoding.lower() != b"identity" for encoding in headers_of(scope, b"content-encoding")):
-        raise ApiError(415, "the body has to be sent as it is: without Content-Encoding", "body")
+        raise ApiError(415, "the body has to be sent as it is: without Content-Encoding", "body", UNREADABLE)
     for length in headers_of(scope, b"content-length"):
         if not length.isdigit() or len(length) > 18:
-            raise ApiError(400, "the header Content-Length is no length", "body")
+            raise ApiError(400, "the header Content-Length is no length", "body", "invalid_value")
         if int(length) > most:
             raise too_large(most)
 
@@ -233,7 +236,9 @@ def guard(app: "FastAPI", keys: Keys | None, limits: Limits) -> None:
     async def unrouted(request: "Request", error: Exception) -> "Response":
         assert isinstance(error, HTTPException)
         where = f"{request.method} {request.url.path}"
-        refusal = answer(ApiError(error.status_code, f"{where}: {error.detail}", None, CODES.get(error.status_code)))
+        refusal = answer(
+            ApiError(error.status_code, f"{where}: {error.detail}", None, CODES.get(error.status_code, "refused"))
+        )
         refusal.headers.update(error.headers or {})
         return refusal
 

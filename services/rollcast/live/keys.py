@@ -204,6 +204,7 @@ def revoke_key(path: Path, named: str) -> list[Key]:
 def _write(path: Path, keys: Sequence[Key]) -> None:
     """The file is whole at any time, and private from its first byte."""
     text = json.dumps([key.model_dump(exclude_none=True) for key in keys], indent=2) + "\n"
+    part: str | None = None
     try:
         handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # mkstemp gives 0600.
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -212,4 +213,6 @@ def _write(path: Path, keys: Sequence[Key]) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
+        if part is not None:
+            Path(part).unlink(missing_ok=True)
         raise ConfigError(f"keys file {path}: cannot be written", str(error.strerror), "name another --file") from None

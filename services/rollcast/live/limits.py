@@ -17,6 +17,8 @@ from rollcast.live.openai_errors import ApiError
 from rollcast.section import AtLeastOne, NotNegative, Positive, Section
 
 MOST_CALLERS = 10_000
+ROUNDING = 1e-9
+"""Part of a token: whoever waits as long as told finds it there, whatever floating point makes of it."""
 
 Clock = Callable[[], float]
 
@@ -60,7 +62,8 @@ class TokenBucket:
     def wait_s(self, wanted: float, now: float) -> float:
         """Seconds until `wanted` tokens are there; 0: now."""
         self._fill(now)
-        return max(0.0, (min(wanted, self.size) - self._held) / self.per_s)
+        missing = min(wanted, self.size) - self._held
+        return missing / self.per_s if missing > ROUNDING else 0.0
 
     def spend(self, tokens: float, now: float) -> None:
         """Takes them out, whether or not they are there."""

@@ -91,9 +91,10 @@ def unknown_model(asked: str, resident: Sequence[str]) -> ApiError:
     return ApiError(404, f"there is no model {asked!r} here; resident are: {there}", "model", "model_not_found")
 
 
-def too_long(prompt_tokens: int, context: int, param: str) -> ApiError:
-    """400: a prompt that leaves no room for an answer."""
-    why = f"the prompt has {prompt_tokens} tokens; the context of {context} has to hold it and an answer"
+def too_long(prompt_tokens: int, context: int, param: str, exact: bool = True) -> ApiError:
+    """400: a prompt that leaves no room for an answer; not `exact`: it has at least so many tokens."""
+    count = f"{prompt_tokens}" if exact else f"at least {prompt_tokens}"
+    why = f"the prompt has {count} tokens; the context of {context} has to hold it and an answer"
     return ApiError(400, f"{param}: {why}", param, "context_length_exceeded")
 
 

@@ -1,0 +1,137 @@
+"""Where the live policy finds policies: with the trainer while it lives, else in the run's folder.
+
+Owns: asking for what is newer, and how its files are brought here. Does not know engines, or which policy is best.
+
+The store of a live trainer has every policy as soon as it is published. The run folder has those of its checkpoints
+(`weights/vN`), and has them for ever: that is how a policy is served on when its trainer is gone.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rollcast.errors import RunFailed
+from rollcast.export import newest_published
+from rollcast.intake import Pull, WeightsRefused
+from rollcast.rundir import RunDir
+from rollcast_learners.types import Weights
+
+LOOK_EVERY_S = 0.5
+FIND_EVERY_S = 5.0
+READ_WITHIN_S = 300.0
+"""The store forgets a replica that has not read a policy after so long: it may have been killed."""
+
+
+async def nothing() -> None:
+    """What is to be done after files of the run folder were read."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A policy that can be taken in: `pull` brings its files, `done` says that they have been read."""
+
+    weights: Weights
+    pull: Pull
+    done: Callable[[], Awaitable[None]] = nothing
+
+
+class Source(Protocol):
+    """Policies of one run, newest first."""
+
+    async def newest(self, above: int, wait_s: float) -> Published | None:
+        """The newest policy once its version is above `above`; None when it is not within `wait_s` seconds."""
+
+
+async def pull_from_folder(weights: Weights) -> str:
+    """Validates the files of a policy where they lie. Raises `WeightsRefused`."""
+    from rollcast_learners.arena import InvalidWeights, TensorSpec, validate
+
+    specs = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in weights.manifest]
+    try:
+        await asyncio.to_thread(validate, weights, weights.folder, specs)
+    except (InvalidWeights, OSError) as error:
+        raise WeightsRefused(f"version {weights.version} in {weights.folder}: {error}") from error
+    return weights.folder
+
+
+class RunFolder:
+    """What lies published in a run folder."""
+
+    def __init__(self, run: RunDir, look_every_s: float = LOOK_EVERY_S) -> None:
+        self.run = run
+        self.look_every_s = look_every_s
+
+    async def newest(self, above: int, wait_s: float) -> Published | None:
+        until = time.monotonic() + wait_s
+        while True:
+            found = await asyncio.to_thread(self._look)
+            if found is not None and found.version > above:
+                return Published(found, pull_from_folder)
+            if time.monotonic() >= until:
+                return None
+            await asyncio.sleep(self.look_every_s)
+
+    def _look(self) -> Weights | None:
+        try:
+            return newest_published(self.run)
+        except (OSError, RunFailed):  # The trainer removes the one before in this very moment.
+            return None
+
+
+class Trainer:
+    """What a live trainer publishes; without one, what lies in the run folder."""
+
+    def __init__(self, run: RunDir, namespace: str, reader: str) -> None:
+        self.folder = RunFolder(run)
+        self.run, self.namespace, self.reader = run.path.name, namespace, reader
+        self._control: Any = None
+        self._looked = float("-inf")
+
+    async def newest(self, above: int, wait_s: float) -> Published | None:
+        from ray.exceptions import RayActorError
+
+        control = self._find()
+        if control is not None:
+            try:
+                found = await control.newest.remote(above, wait_s)
+            except RayActorError:  # It died meanwhile.
+                self._control, found = None, None
+            if found is not None and found[1].reaches_here:
+                return self._of_store(*found)
+        return await self.folder.newest(above, 0.0 if self._control is not None else min(wait_s, FIND_EVERY_S))
+
+    def _find(self) -> Any:
+        """The run's control, looked for now and then."""
+        import ray
+
+        from rollcast.control import name_of
+
+        if self._control is None and time.monotonic() - self._looked > FIND_EVERY_S:
+            self._looked = time.monotonic()
+            try:
+                self._control = ray.get_actor(name_of(self.run), self.namespace)
+            except ValueError:
+                return None
+        return self._control
+
+    def _of_store(self, weights: Weights, store: Any) -> Published:
+        async def pull(wanted: Weights) -> str:
+            from ray.exceptions import RayActorError
+
+            try:
+                folder: str = await store.pull(wanted, self.reader, READ_WITHIN_S)
+            except RayActorError as error:
+                raise WeightsRefused(f"version {wanted.version}: its store is gone") from error
+            return folder
+
+        async def done() -> None:
+            from ray.exceptions import RayActorError
+
+            try:
+                await store.release(weights.version, self.reader)
+            except RayActorError:  # It went with its trainer.
+                return
+
+        return Published(weights, pull, done)

@@ -1,0 +1,204 @@
+"""A fleet on a cluster of three nodes, with a token: it grows, shrinks and loses nodes while the run goes on."""
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_nodes import Nodes, nodes
+from rollcast import checkpoint, metrics, records
+from rollcast.rundir import RunDir
+from run_checks import assert_nothing_lost, wait_for
+from tiny_model import write_tiny_model
+
+SCRIPTED = Path(__file__).resolve().parents[2] / "deploy" / "configs" / "scripted.toml"
+SLOW = ("--env.0.id", "slow_envs:slow/Letters-v0")
+GROUPS = 4
+
+
+class LiveRun:
+    """A run on the cluster that `environment` names, trained by `rollcast train`, asked by other verbs."""
+
+    def __init__(self, environment: dict[str, str], base: Path, name: str, model: str, *words: str) -> None:
+        self.environment = environment
+        self.folder = RunDir(base / name)
+        size = ("--rollout.group_size", "2", "--rollout.concurrency", "2", "--learner.prompts_per_step", str(GROUPS))
+        endless = ("--run.steps", "100000", "--checkpoint.every", "100000", "--eval.every", "0")
+        told = ("--run.dir", str(base), "--run.name", name, "--model.path", model, *size, *endless, *words)
+        self.log = base / f"{name}.log"
+        with self.log.open("w") as log:
+            command = [sys.executable, "-m", "rollcast", "train", str(SCRIPTED), *told]
+            self.trainer = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def asks(self, verb: str, *words: str) -> tuple[int, str]:
+        """Exit code and output of `rollcast VERB RUN ...` in another process."""
+        command = [sys.executable, "-m", "rollcast", verb, str(self.folder.path), *words]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120, check=False)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode, " ".join((done.stdout or done.stderr).split())
+
+    def status(self) -> dict[str, Any]:
+        found = self.folder.path / "status.json"
+        return json.loads(found.read_text()) if found.exists() else {}
+
+    def events(self) -> list[dict[str, Any]]:
+        return [
+            json.loads(line) for line in self.folder.ledger.read_text().splitlines(keepends=True) if line[-1] == "\n"
+        ]
+
+    def waits_until(self, condition: Callable[[], object], seconds: float) -> None:
+        wait_for(lambda: self.ended() or condition(), seconds)
+        assert not self.ended(), self.log.read_text()
+
+    def goes_on(self, steps: int, seconds: float = 60) -> list[dict[str, Any]]:
+        """The rows of the next so many steps."""
+        begun = len(metrics.read(self.folder.metrics))
+        self.waits_until(lambda: len(metrics.read(self.folder.metrics)) >= begun + steps, seconds)
+        return metrics.read(self.folder.metrics)[begun : begun + steps]
+
+    def ended(self) -> bool:
+        return self.trainer.poll() is not None
+
+    def close(self) -> None:
+        self.trainer.terminate()
+        self.trainer.wait(60)
+
+
+Starts = Callable[..., LiveRun]
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Nodes]:
+    """A head that holds no worker, and two nodes for two workers each."""
+    with nodes(num_cpus=0) as cluster:
+        for _ in range(2):
+            cluster.add(num_cpus=2)
+        yield cluster
+
+
+@pytest.fixture
+def starts(tmp_path: Path, three: Nodes, tiny_bf16: str) -> Iterator[Starts]:
+    runs: list[LiveRun] = []
+
+    def start(name: str, *words: str, model: str = tiny_bf16) -> LiveRun:
+        runs.append(LiveRun(three.environment, tmp_path, name, model, *SLOW, *words))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.close()
+
+
+def has_trained(run: LiveRun, worker: int) -> bool:
+    """Whether a group that this worker played was learned from."""
+    player: dict[int, int] = {}
+    for event in run.events():
+        if event["event"] == "lease":
+            player[event["group"]] = event["worker"]
+        elif event["event"] == "done" and player.get(event["group"]) == worker:
+            return True
+    return False
+
+
+def scaled(run: LiveRun, workers: int) -> float:
+    """Asks for so many and waits until they are there; seconds until then."""
+    begun = time.monotonic()
+    assert run.asks("scale", str(workers))[0] == 0
+    there = {"workers": workers, "wanted": workers, "draining": 0}
+    run.waits_until(lambda: there.items() <= run.status().items(), 60)
+    return time.monotonic() - begun
+
+
+@pytest.mark.ray
+def test_scaling_while_it_trains_loses_nothing(starts: Starts) -> None:
+    run = starts("scaled", "--env.0.kwargs.seconds", "0.4", "--eval.every", "3", "--eval.samples", "8")
+    run.waits_until(lambda: run.status().get("workers") == 1, 120)
+    before = run.goes_on(3)
+    took = scaled(run, 4)
+    run.waits_until(lambda: all(has_trained(run, worker) for worker in (1, 2, 3)), 60 - took)
+    with_four = run.goes_on(3)
+    scaled(run, 2)
+    run.goes_on(2)
+    scaled(run, 3)
+    run.goes_on(2)
+
+    events = Counter(event["event"] for event in run.events())
+    assert events["return"] == events["refused"] == events["failed"] == 0, "what leaving workers played was finished"
+    code, said = run.asks("stop")
+    assert code == 0 and "ended" in said and run.trainer.wait(30) == 0
+    rows = metrics.read(run.folder.metrics)
+    assert_nothing_lost(run.folder, rows[-1]["step"], GROUPS)
+    assert {1, 2, 3, 4} >= {row["fleet/workers"] for row in rows[1:]} and rows[-1]["fleet/wanted"] == 3
+    assert rows[-1]["fleet/restarts"] == 0
+    asked = [path for path in records.files(run.folder.evaluations) if len(list(records.read(path))) == 8]
+    assert len(asked) == len(list(run.folder.evaluations.iterdir())) >= 3, "every question was answered, each time"
+
+    def waited(some: list[dict[str, Any]]) -> list[float]:
+        return [row.get("time/wait_for_rollouts_s", 0.0) for row in some]
+
+    assert max(waited(rows)) <= max(waited(before[1:])) + 10
+    assert sorted(waited(with_four))[1] < sorted(waited(before))[1], "four workers play faster than one"
+    kept = checkpoint.newest(run.folder.checkpoints, print)
+    assert kept is not None and kept.step == rows[-1]["step"]
+
+
+@pytest.mark.ray
+def test_a_second_trainer_of_that_name_is_refused_on_another_node(starts: Starts, tmp_path: Path, three: Nodes) -> None:
+    """Its folder is another one, as on another host without a shared disk: the name on the cluster is what counts."""
+    run = starts("twice", "--env.0.kwargs.seconds", "0.1")
+    run.waits_until(lambda: run.status().get("workers") == 1, 120)
+    (tmp_path / "elsewhere").mkdir()
+    model = str(write_tiny_model(tmp_path / "model"))
+    second = LiveRun(three.environment, tmp_path / "elsewhere", "twice", model, *SLOW)
+    assert second.trainer.wait(90) == 2
+    told = " ".join(second.log.read_text().split())
+    assert "twice is being trained already" in told and f"process {run.trainer.pid} on" in told and "--run" in told
+    assert not second.folder.run_json.exists() and "Traceback" not in told
+    run.goes_on(1)
+
+
+@pytest.fixture(scope="module")
+def speller(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that learns to answer in letters within thirty steps."""
+    folder = tmp_path_factory.mktemp("speller")
+    return str(write_tiny_model(folder / "model", dtype="float32", initializer_range=0.2))
+
+
+LEARNS = (
+    *("--rollout.engine", "torch", "--rollout.max_new_tokens", "8", "--rollout.workers", "4"),
+    *("--rollout.group_size", "8", "--rollout.concurrency", "8", "--learner.learning_rate", "3e-3"),
+    *("--learner.critic", "none", "--buffer.max_staleness", "1", "--model.dtype", "float32"),
+)
+
+
+def disturbed(run: LiveRun, three: Nodes, steps: int) -> tuple[int, list[float]]:
+    """Takes a node of the cluster away, and brings one back, every four steps; how often, and the rewards."""
+    node, taken = three.add(num_cpus=2), 0
+    while (step := len(metrics.read(run.folder.metrics))) < steps:
+        if node:
+            three.remove(node)
+            node, taken = "", taken + 1
+        else:
+            node = three.add(num_cpus=2)
+        run.goes_on(min(4, steps + 1 - step), 120)
+    if node:
+        three.remove(node)
+    return taken, [row["reward/mean"] for row in metrics.read(run.folder.metrics)[1:]]
+
+
+@pytest.mark.ray
+def test_a_node_that_comes_and_goes_costs_only_its_leases(starts: Starts, three: Nodes, speller: str) -> None:
+    run = starts("nodes", *LEARNS, "--env.0.kwargs.seconds", "0.2", "--run.steps", "100000", model=speller)
+    run.waits_until(lambda: len(metrics.read(run.folder.metrics)) > 1, 120)
+    taken, rewards = disturbed(run, three, 32)
+    assert taken >= 4 and sum(rewards[-4:]) / 4 >= 0.9, "undisturbed it comes to 1.0, the most there is"
+    assert run.asks("stop")[0] == 0 and run.trainer.wait(30) == 0
+    rows = metrics.read(run.folder.metrics)
+    events = assert_nothing_lost(run.folder, rows[-1]["step"], GROUPS)
+    assert rows[-1]["fleet/restarts"] > 0 and events["failed"] == 0
