@@ -74,13 +74,16 @@ def stop(name: str, **where: Any) -> None:
 
 def served_answers(record: Record, asked: ChatRequest | CompletionRequest, key: Key) -> list[ServedAnswer]:
     """The answers of one response, each by the id that feedback names it by."""
-    chat = isinstance(asked, ChatRequest)
+    if isinstance(asked, ChatRequest):
+        prompt: list[dict[str, Any]] | str = [{"role": role, "content": text} for role, text in asked.turns]
+    else:
+        prompt = asked.text
     return [
         ServedAnswer(
             id=answer_id(record.id, number),
             time=time.time(),
             key=key.id,
-            prompt=[{"role": role, "content": text} for role, text in asked.turns] if chat else asked.text,
+            prompt=prompt,
             text=answer.text,
             prompt_ids_P=np.array(record.prompt_ids, np.int32),
             answer_ids_A=np.array(answer.token_ids, np.int32),
