@@ -25,8 +25,8 @@ class ServeSection(Section):
     """File of API keys; without one anybody on this machine may ask, and nobody else."""
     min_replicas: AtLeastOne = 1
     """Replicas that are always there, each with an engine of its own."""
-    max_replicas: AtLeastOne = 1
-    """Replicas that Ray Serve may start under load."""
+    max_replicas: AtLeastOne | None = None
+    """Replicas that Ray Serve may start under load; without it, as many as serve.min_replicas."""
     cpus_per_replica: ZeroOrMore = 1.0
     """CPUs reserved for each replica."""
     gpus_per_replica: ZeroOrMore = 0.0
@@ -51,6 +51,11 @@ class ServeSection(Section):
             return False
 
     @property
+    def most_replicas(self) -> int:
+        """Replicas under the heaviest load."""
+        return self.min_replicas if self.max_replicas is None else self.max_replicas
+
+    @property
     def limits_of_replica(self) -> Limits:
         """A key's limits are shared out among the replicas that are always there; turns are each replica's own."""
         shared = self.limits.shared_by(self.min_replicas)
@@ -58,7 +63,7 @@ class ServeSection(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ServeSection":
-        if self.max_replicas < self.min_replicas:
+        if self.most_replicas < self.min_replicas:
             why = f"it is less than serve.min_replicas = {self.min_replicas}"
             raise refusal("serve.max_replicas", why, "raise it, or lower serve.min_replicas")
         if self.keys_file is None and not self.loopback:

@@ -49,6 +49,14 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
+def is_up(url: str) -> bool:
+    """Serve itself listens before a replica is ready, and lets requests wait."""
+    try:
+        return httpx.get(f"{url}/healthz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 @pytest.fixture(scope="module")
 def port(ray_cluster: str) -> Iterator[int]:
     """Where Serve listens for the whole module: a cluster has one address."""
@@ -194,7 +202,7 @@ def test_a_run_is_served_while_it_trains_and_afterwards(tmp_path: Path, tiny_fp3
         try:
             url = f"http://127.0.0.1:{port}"
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
-            wait_for(lambda: httpx.get(f"{url}/healthz").status_code == 200, 60)
+            wait_for(lambda: is_up(url), 60)
             first = httpx.get(f"{url}/v1/policy").json()["policy_version"]
             wait_for(lambda: httpx.get(f"{url}/v1/policy").json()["policy_version"] >= first + 3, 60)
             answer = client.chat.completions.create(model="policy", messages=ASK)

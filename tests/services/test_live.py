@@ -1,6 +1,7 @@
 """The live policy over HTTP with OpenAI's own client: answers, streams, versions, updates, and clients that leave."""
 
 import asyncio
+import json
 import threading
 import time
 from collections import Counter
@@ -268,6 +269,8 @@ def test_best_stays_while_latest_goes_on(run: RunDir, model: str, codec: ChatCod
         shares = Counter(version_of("policy@best") for _ in range(200))
         assert set(shares) == {4, 5} and 30 <= shares[5] <= 95
         assert admin("rollback", version=1)["best"] == 1
+        kept = json.loads((run.path / "live" / "releases.json").read_text())
+        assert kept == {"best": 1, "previous": [], "gate": 3, "canary": 0.3}
         assert (run.path / "live" / "v1").is_dir() and not (run.path / "live" / "v4").exists()
     with running(run, codec, scripted(codec)) as server:
         assert server.replica.resident == {"latest": 5, "best": 1, "candidate": 5}, "a restart changes nothing"

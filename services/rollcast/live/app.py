@@ -9,6 +9,7 @@ keys and limits are the gate's, inside the application.
 """
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -69,7 +70,7 @@ class LiveSpec:
 class LivePolicy:
     """One replica. Serve calls the constructor, builds the application, and asks for its health."""
 
-    async def __init__(self, spec: LiveSpec) -> None:
+    async def __init__(self, spec: LiveSpec) -> None:  # type: ignore[misc]  # Serve awaits it.
         self.spec = spec
         self._held = ExitStack()
         sweep_abandoned()
@@ -161,13 +162,13 @@ def application(spec: LiveSpec) -> Any:
 
     section = spec.config.serve
     scale: dict[str, Any] = {"num_replicas": section.min_replicas}
-    if section.max_replicas > section.min_replicas:
+    if section.most_replicas > section.min_replicas:
         # Serve adds replicas before anybody has to wait for a turn.
         wanted = max(1, section.limits.ongoing // 2)
         scale = {
             "autoscaling_config": {
                 "min_replicas": section.min_replicas,
-                "max_replicas": section.max_replicas,
+                "max_replicas": section.most_replicas,
                 "target_ongoing_requests": wanted,
             }
         }
@@ -192,6 +193,7 @@ def deploy(spec: LiveSpec) -> str:
     from ray import serve
 
     section = spec.config.serve
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     _refuse_another(spec)
     if spec.config.feedback.enabled:
         open_to_write(spec.feedback[0]).dispose()  # A database that cannot be opened is told before anything starts.
