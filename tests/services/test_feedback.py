@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import ray
@@ -16,6 +17,8 @@ from pydantic import ValidationError
 from sqlalchemy import create_engine, text
 
 import postgres
+from live_server import Policies, running, scripted
+from rollcast.chat import ChatCodec
 from rollcast.errors import RunFailed, UsageError
 from rollcast.live.feedback import FeedbackRequest, ServedAnswer
 from rollcast.live.feedback_actor import start, stop
@@ -24,6 +27,8 @@ from rollcast.live.feedback_tables import SCHEMA, open_to_read, open_to_write, s
 from rollcast.live.feedback_writer import FeedbackWriter
 from rollcast.live.keys import ANYONE, Key
 from rollcast.live.openai_errors import ApiError, from_validation
+from rollcast.rundir import RunDir
+from rollcast.talk import Answered, LivePolicy
 from rollcast_learners.types import VersionSpan
 
 NOW = 1_000_000_000.0
@@ -357,7 +362,8 @@ def test_one_actor_writes_for_everybody_and_is_restarted(tmp_path: Path, ray_clu
         assert (receipt.score, receipt.edit) == (0.5, "Lima.")
 
     asyncio.run(story())
-    stop(desk)
+    stop("feedback-test")
+    stop("feedback-test")
     assert [(kept.score, kept.edit) for kept in read(open_to_read(url), rated_only=True)] == [(0.5, "Lima.")]
 
 
@@ -365,3 +371,48 @@ def test_one_actor_writes_for_everybody_and_is_restarted(tmp_path: Path, ray_clu
 def test_a_database_that_cannot_be_opened_is_told_at_once(tmp_path: Path, ray_cluster: str) -> None:
     with pytest.raises(ray.exceptions.RayActorError, match="cannot be opened"):
         start("feedback-nowhere", sqlite_url(tmp_path / "none" / "x.sqlite"), 90, 1, max_restarts=0)
+
+
+@pytest.mark.ray
+def test_an_answer_of_the_live_policy_gets_feedback(tmp_path: Path, tiny_fp32: str, ray_cluster: str) -> None:
+    """The real routes, a scripted engine and the actor: several choices, a stream, a plain completion, the page."""
+    folder = RunDir(tmp_path / "runs" / "live")
+    Policies(folder, tiny_fp32).publish(3)
+    url = sqlite_url(folder.feedback)
+    codec = ChatCodec.from_folder(tiny_fp32)
+    desk = start("feedback-live", url, 90, 10)
+    with (
+        running(folder, codec, scripted(codec), recorder=desk) as server,
+        httpx.Client(base_url=server.url, trust_env=False) as client,
+    ):
+        ask = {"model": "policy", "messages": [{"role": "user", "content": "Capital of Peru?"}], "max_tokens": 8}
+        several = client.post("/v1/chat/completions", json={**ask, "n": 2}).json()
+        first, second = several["id"], f"{several['id']}/1"
+        receipt = client.post("/v1/feedback", json={"answer": second, "preferred_to": first, "score": 1}).json()
+        assert receipt["preferred_to"] == [first] and receipt["policy_version"] == 3 and receipt["score"] == 1
+        *_, streamed = LivePolicy(server.url).ask(ask["messages"], max_tokens=8)
+        assert isinstance(streamed, Answered)
+        assert LivePolicy(server.url).feedback(streamed.id, thumb="down")["policy_version"] == 3
+        plain = client.post("/v1/completions", json={"model": "policy", "prompt": "Lima", "max_tokens": 4}).json()
+        assert client.post("/v1/feedback", json={"answer": plain["id"], "edit": "Lima is"}).status_code == 200
+        refused = client.post("/v1/feedback", json={"answer": first, "mood": "good"})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "mood"
+        unknown = client.post("/v1/feedback", json={"answer": "chatcmpl-0", "thumb": "up"})
+        assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "answer_not_found"
+        front = client.get("/")
+        assert front.status_code == 200 and "default-src 'none'" in front.headers["content-security-policy"]
+    stop("feedback-live")
+    found = {one.answer.id: one for one in read(open_to_read(url))}
+    assert found.keys() == {first, second, streamed.id, plain["id"]}
+    assert found[first].answer.text == several["choices"][0]["message"]["content"]
+    assert codec.answer(found[streamed.id].answer.answer_ids_A.tolist()) == streamed.text
+    assert found[plain["id"]].answer.prompt == "Lima" and found[first].answer.prompt == ask["messages"]
+    assert len(found[first].answer.logprobs_A) == len(found[first].answer.answer_ids_A)
+
+
+def test_without_a_database_feedback_is_refused(tmp_path: Path, tiny_fp32: str) -> None:
+    folder = RunDir(tmp_path / "runs" / "live")
+    Policies(folder, tiny_fp32).publish(0)
+    codec = ChatCodec.from_folder(tiny_fp32)
+    with running(folder, codec, scripted(codec)) as server, pytest.raises(UsageError, match="not kept here"):
+        LivePolicy(server.url).feedback("chatcmpl-0", thumb="up")
