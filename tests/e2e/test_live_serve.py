@@ -238,14 +238,8 @@ def test_the_verb_serves_behind_haproxy(tmp_path: Path, tiny_fp32: str) -> None:
     Policies(run, tiny_fp32).publish(4)
     run.config.write_text(config.to_toml(), encoding="utf-8")
     run.run_json.write_text('{"name": "done", "host": "elsewhere", "pid": 1, "started": 1}', encoding="utf-8")
-    sockets = tmp_path / "ha"
-    sockets.mkdir()
     environment = os.environ | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(sockets / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(sockets / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(sockets),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(sockets / "state"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "PYTHONPATH": os.pathsep.join(str(ROOT / source) for source in ("services", "learners", "envs")),
