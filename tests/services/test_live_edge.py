@@ -262,6 +262,13 @@ def test_room_for_an_answer(limit: dict[str, int], prompt: int, room: int | None
         assert refusal.value.param == named and refusal.value.status == 400
 
 
+def test_sampling_settings_are_such_as_engines_can_compute_with() -> None:
+    asked = ChatRequest(**chat(temperature=1e-320, top_p=5e-324))
+    assert (asked.temperature, asked.top_p) == (0.0, 1e-6)
+    asked = ChatRequest(**chat(temperature=0.7, top_p=0.9))
+    assert (asked.temperature, asked.top_p) == (0.7, 0.9)
+
+
 def test_names_of_fields() -> None:
     assert field_name(["messages", 0, "content", "<list>", 1, "text"]) == "messages[0].content[1].text"
     assert field_name([]) == ""

@@ -116,8 +116,9 @@ class LivePolicy:
 
     async def _exit_with_engine(self) -> None:
         while await self.replica.alive():
-            if self._tasks[0].done() and not self._tasks[0].cancelled():
-                self._exit(f"it follows its run no more: {self._tasks[0].exception()!r}")
+            following = self._tasks[0]  # A checkpoint's replica has nothing to follow, and is done with it at once.
+            if following.done() and not following.cancelled() and (failure := following.exception()) is not None:
+                self._exit(f"it follows its run no more: {failure!r}")
             await asyncio.sleep(WATCH_EVERY_S)
         self._exit("the engine's process is gone")
 

@@ -63,7 +63,8 @@ class TokenBucket:
         """Seconds until `wanted` tokens are there; 0: now."""
         self._fill(now)
         missing = min(wanted, self.size) - self._held
-        return missing / self.per_s if missing > ROUNDING else 0.0
+        # A clock that went back has to come up to where it was before anything is gained.
+        return missing / self.per_s + self._at - now if missing > ROUNDING else 0.0
 
     def spend(self, tokens: float, now: float) -> None:
         """Takes them out, whether or not they are there."""

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from rollcast.live.openai_errors import ApiError, refused, too_long, unknown_model
 
@@ -21,6 +21,8 @@ MOST_PARTS = 256
 MOST_STOPS = 4
 LONGEST_STOP = 64
 LONGEST_NAME = 256
+COLDEST = 0.01
+NARROWEST = 1e-6
 MODEL = re.compile(r"policy(?:@(latest|best|candidate|0|[1-9][0-9]{0,17}))?", re.ASCII)
 
 ANYTHING = object()
@@ -140,6 +142,16 @@ class Message(Asked):
         return ("system" if self.role == "developer" else self.role), self.text
 
 
+def _steady(temperature: float) -> float:
+    """Below this, sampling is greedy in all but name, and dividing by it overflows in engines."""
+    return temperature if temperature >= COLDEST else 0.0
+
+
+def _not_nothing(top_p: float) -> float:
+    """Engines compute in single precision, where a smaller share would be none at all."""
+    return max(top_p, NARROWEST)
+
+
 class StreamOptions(Asked):
     """How an answer is streamed."""
 
@@ -160,9 +172,9 @@ class SamplingRequest(Asked):
     """Texts at which an answer ends; they are not part of it."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """Makes sampling repeatable, as long as the version stays the same."""
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    """1 by default; 0 is greedy."""
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2), AfterValidator(_steady)] | None = None
+    """1 by default; 0 is greedy, and so is whatever is below 0.01."""
+    top_p: Annotated[float, Field(gt=0, le=1), AfterValidator(_not_nothing)] | None = None
     """Share of the probability to sample from; 1 by default."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Most tokens of an answer."""
