@@ -38,6 +38,8 @@ REQUIREMENTS = [
     "pyarrow",
     "sacrebleu==2.6.0",
     "rouge-score==0.1.2",
+    "sqlalchemy>=2.0.40,<3",
+    "psycopg[binary]>=3.2",
     "hatchling",
     "editables",
     "pytest",

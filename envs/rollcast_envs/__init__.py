@@ -19,6 +19,7 @@ gymnasium.register(id="rollcast/ToolQA-v0", entry_point="rollcast_envs.tasks.too
 gymnasium.register(id="rollcast/Classification-v0", entry_point="rollcast_envs.tasks.classification:ClassificationEnv")
 gymnasium.register(id="rollcast/Extraction-v0", entry_point="rollcast_envs.tasks.extraction:ExtractionEnv")
 gymnasium.register(id="rollcast/Code-v0", entry_point="rollcast_envs.tasks.code:CodeEnv")
+gymnasium.register(id="rollcast/Feedback-v0", entry_point="rollcast_envs.tasks.feedback:FeedbackEnv")
 gymnasium.register(id="rollcast/ReasoningGym-v0", entry_point="rollcast_envs.adapters.reasoning_gym:ReasoningGymEnv")
 gymnasium.register(id="rollcast/TextArena-v0", entry_point="rollcast_envs.adapters.textarena:TextArenaEnv")
 gymnasium.register(id="rollcast/SkyRLGym-v0", entry_point="rollcast_envs.adapters.skyrl_gym:SkyRLGymEnv")

@@ -12,6 +12,7 @@ may be called from several threads, and keeps no text. Each equals its reference
 
 Empty text: SQuAD rewards an empty answer where nothing else is right, so `exact_match` and `token_f1` are 1 there.
 The other three measure overlap, and as in their references that of an empty text, even with another one, is 0.
+`judged` turns any of them into a reward from people's verdicts; it alone is not in [0, 1].
 A list without references is SQuAD's unanswerable question for the first two, and gives 0 for the others.
 """
 
@@ -128,6 +129,25 @@ def rouge(
     if re.fullmatch("rouge[1-9]", kind):
         return max((_rouge_n(words, tokens(gold), int(kind[-1])) for gold in references), default=0.0)
     raise ValueError(f"no ROUGE is called {kind!r}; pass rouge1 to rouge9, rougeL or rougeLsum")
+
+
+def judged(
+    answer: str, verdicts: Sequence[tuple[str, float]], measure: Callable[[str, Sequence[str]], float] = chrf
+) -> float:
+    """Likeness to the answer that was liked most, less likeness to the one disliked most: between -1 and 1.
+
+    Each verdict is an answer that somebody judged and its value, from -1 (bad) to 1 (good). What is like neither is
+    worth about 0, so where nothing was liked, any nonsense is worth as much: ask only what has a good answer.
+
+    >>> verdicts = [("Lima", 1.0), ("I do not know.", -1.0)]
+    >>> judged("Lima", verdicts, exact_match), judged("I don't know", verdicts, exact_match)
+    (1.0, -1.0)
+    >>> round(judged("Lima, I think", verdicts, token_f1), 2)
+    0.14
+    """
+    liked = max((value * measure(answer, [text]) for text, value in verdicts if value > 0), default=0.0)
+    disliked = max((-value * measure(answer, [text]) for text, value in verdicts if value < 0), default=0.0)
+    return liked - disliked
 
 
 def words_13a(text: str) -> list[str]:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand
 
-from rollcast import cli_env, cli_fleet, cli_keys, cli_live
+from rollcast import cli_env, cli_fleet, cli_keys, cli_live, cli_talk
 from rollcast.errors import RollcastError, UsageError
 
 if TYPE_CHECKING:
@@ -75,6 +75,10 @@ RunName = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the r
 Resume = Annotated[
     str, typer.Option(metavar="auto|never|PATH", help="Go on from the newest checkpoint, from none, or from this one.")
 ]
+FromRun = Annotated[
+    str | None,
+    typer.Option("--from-run", metavar="RUN", help="Begin with the best policy of this run, and with its feedback."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PlanAsJson = Annotated[bool, typer.Option("--json", help="With --dry-run: the plan as JSON.")]
@@ -98,16 +102,25 @@ def train(
     run: RunName = None,
     resume: Resume = "auto",
     dry_run: DryRun = False,
+    from_run: FromRun = None,
     as_json: PlanAsJson = False,
 ) -> None:
     """Train a policy, or resume its training, here or on the cluster that RAY_ADDRESS names.
 
-    Any setting can be given as --section.key VALUE.
+    With --from-run it begins with the best policy of another run; run.every makes that a round a time, each promoted
+    only if it is better (docs/continual.md). Any setting can be given as --section.key VALUE.
     """
     from rollcast.plan import run_directory
 
-    settings = _planned(config, _overrides(context, run), resume, dry_run, as_json, plays=True)
-    if settings is not None:
+    settings = _planned(config, _overrides(context, run), resume, dry_run, as_json, plays=True, source=from_run)
+    if settings is None:
+        return
+    if from_run is not None:
+        from rollcast.continual import train_from
+        from rollcast.runs import find
+
+        train_from(settings, find(from_run, Path(settings.run.dir)), resume, _report)
+    else:
         from rollcast.train import train as start
 
         start(settings, run_directory(settings), resume)
@@ -170,9 +183,18 @@ def tune(
 
 
 def _planned(
-    config: Path, overrides: list[str], resume: str, dry_run: bool, as_json: bool, plays: bool
+    config: Path,
+    overrides: list[str],
+    resume: str,
+    dry_run: bool,
+    as_json: bool,
+    plays: bool,
+    source: str | None = None,
 ) -> "RunConfig | None":
-    """The settings of a run that can start here; None when only its plan was asked for, which is then printed."""
+    """The settings of a run that can start here; None when only its plan was asked for, which is then printed.
+
+    A run from another run, `source`, is planned with that one's model.
+    """
     from rollcast.config_file import load_config
     from rollcast.plan import make_plan, render
 
@@ -180,10 +202,25 @@ def _planned(
         raise UsageError("--json prints nothing here", "only the plan is printed as JSON", "add --dry-run")
     _refuse_missing_checkpoint(resume)
     settings = load_config(config, overrides)
+    settings = _after(settings, source)
     plan = make_plan(settings if plays else settings.without_rollouts())
     if dry_run:
         typer.echo(json.dumps(asdict(plan), indent=2) if as_json else render(plan))
     return None if dry_run else settings
+
+
+def _after(settings: "RunConfig", source: str | None) -> "RunConfig":
+    """With the size of model of the run that it begins from, if any. Refuses a schedule without one."""
+    if source is None:
+        if settings.run.every is not None or settings.run.below is not None:
+            why = "its rounds begin from a run, and none is named"
+            raise UsageError("run.every and run.below need --from-run", why, "add --from-run RUN, or remove them")
+        return settings
+    from rollcast.export import settings_of
+    from rollcast.runs import find
+
+    path = settings_of(find(source, Path(settings.run.dir))).model.path
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"path": path})})
 
 
 @app.command(cls=WithOverrides, epilog="Example: rollcast demo --seed 1 --run second")
@@ -390,6 +427,8 @@ def _run_dir(context: typer.Context) -> tuple[Path, list[str]]:
     return base, others
 
 
+cli_talk.add_talk_verbs(app)
+app.add_typer(cli_talk.feedback_verbs(WithOverrides, _run_dir), name="feedback")
 cli_live.add(app, WithOverrides, _run_dir)
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tomlkit
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from rollcast.config_feedback import FeedbackSection
 from rollcast.config_serve import ServeSection
 from rollcast.config_tune import TuneSection
 from rollcast.section import STRICT, AtLeastOne, NotNegative, Positive, Section, UpToOne, ZeroOrMore, refusal
@@ -30,6 +31,7 @@ OWNED_ENGINE_ARGS = {
     "max_model_len": "rollout.max_model_len",
     "logprobs_mode": "nothing: training needs processed_logprobs",
 }
+UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def sampling_refusal(path: str) -> tuple[str, str, str]:
@@ -48,6 +50,19 @@ class RunSection(Section):
     """Where the prompt order, the environments and the value head start from."""
     dir: Annotated[str, Field(min_length=1)] = "runs"
     """Folder of all runs, absolute or relative to where the command was typed."""
+    every: Annotated[str, Field(pattern=r"^[1-9][0-9]*[smhd]$")] | None = None
+    """With --from-run: time from the beginning of one round to that of the next, such as `30m`, `6h` or `1d`."""
+    below: UpToOne | None = None
+    """With --from-run: mean live rating below which a round begins before its time; docs/continual.md."""
+    rounds: NotNegative = 0
+    """With --from-run: rounds after which it ends; 0 never ends."""
+    margin: ZeroOrMore = 0.0
+    """With --from-run: by how much a round has to beat eval.best_metric of the policy it began from."""
+
+    @property
+    def every_s(self) -> float | None:
+        """`every` in seconds."""
+        return None if self.every is None else int(self.every[:-1]) * UNITS_S[self.every[-1]]
 
 
 class ModelSection(Section):
@@ -356,6 +371,7 @@ class RunConfig(Section):
     serve: ServeSection = ServeSection()
     tracking: TrackingSection = TrackingSection()
     tune: TuneSection = TuneSection()
+    feedback: FeedbackSection = FeedbackSection()
 
     @property
     def samples_per_step(self) -> int:
@@ -438,6 +454,10 @@ class RunConfig(Section):
         if self.eval.best_metric is not None and self.eval.best_metric.partition("/")[0] not in labels:
             why = f"{self.eval.best_metric!r} names none of the environments: {', '.join(labels)}"
             raise refusal("eval.best_metric", why, f'write ENVIRONMENT/METRIC, such as "{labels[0]}/reward"')
+        for key in ("every", "below"):
+            if getattr(self.run, key) is not None and (self.eval.best_metric is None or not self.eval.every):
+                why = "a round is promoted by eval.best_metric alone"
+                raise refusal(f"run.{key}", why, f'set eval.every, and eval.best_metric to "{labels[0]}/reward"')
         if self.eval.restrict_answers and self.rollout.engine != "vllm":
             why = f"the {self.rollout.engine} engine has no structured output"
             raise refusal("eval.restrict_answers", why, 'set it to false, or rollout.engine to "vllm"')

@@ -41,6 +41,11 @@ def harmless(text: str) -> Text:
     return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
+def harmless_lines(text: str) -> Text:
+    """The same with its line breaks and tabs left as they are."""
+    return Text("".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text))
+
+
 def moment(seconds: float) -> str:
     """Epoch seconds as local time."""
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")

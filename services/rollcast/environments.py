@@ -146,7 +146,7 @@ class Environment:
         await self._call("make", self._make)
 
     async def reset(self, seed: int, options: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
-        return await self._call("reset", lambda: _checked_reset(self._env.reset(seed=seed, options=options)))
+        return await self._call("reset", lambda: self._reset(seed, options))
 
     async def step(self, answer: str) -> StepResult:
         return await self._call("step", lambda: _checked_step(self._env.step(answer)))
@@ -158,6 +158,15 @@ class Environment:
 
     def _make(self) -> None:
         self._env = make_environment(self.env_id, self.kwargs, self.scoring, self.max_turns)
+        self._look()
+
+    def _reset(self, seed: int, options: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
+        result = _checked_reset(self._env.reset(seed=seed, options=options))
+        self._look()
+        return result
+
+    def _look(self) -> None:
+        """How the episode opens: an environment may say that anew at each reset."""
         env = self._env.unwrapped
         self.system_prompt = getattr(env, "system_prompt", None)
         if self.system_prompt is not None:

@@ -84,6 +84,20 @@ class RunDir:
         return self.path / "ledger.jsonl"
 
     @property
+    def base(self) -> Path:
+        """The policy that a run from another run began with."""
+        return self.path / "base"
+
+    @property
+    def verdict(self) -> Path:
+        """What the gate said of a round of continual learning."""
+        return self.path / "verdict.json"
+
+    @property
+    def feedback(self) -> Path:
+        return self.path / "feedback.sqlite"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
@@ -122,7 +136,7 @@ class RunDir:
         """Writes `run.json`. Raises `UsageError` while another living process of this host owns the run."""
         self.refuse_owned()
         process = psutil.Process()
-        record = {
+        record: dict[str, Any] = {
             "name": self.path.name,
             "address": address,
             "namespace": namespace,
@@ -132,6 +146,9 @@ class RunDir:
             "host": socket.gethostname(),
             "started": time.time(),
         }
+        origin = self.base / "origin.json"
+        if origin.is_file():
+            record["from"] = json.loads(origin.read_text(encoding="utf-8"))
         write_atomic(self.run_json, json.dumps(record, indent=2) + "\n")
 
     def owner(self) -> dict[str, Any] | None:

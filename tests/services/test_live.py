@@ -17,6 +17,9 @@ import pytest
 from live_server import ASK, Policies, Server, client_of, expected, generous, running, said, scripted, wait_for
 from rollcast.chat import ChatCodec
 from rollcast.errors import UsageError
+from rollcast.live.feedback import FeedbackReceipt, FeedbackRequest
+from rollcast.live.keys import Key
+from rollcast.live.protocol import ChatRequest, CompletionRequest
 from rollcast.rundir import RunDir
 from rollcast.sampler import Sampler
 from rollcast.torch_sampler import TorchSampler
@@ -353,14 +356,18 @@ def test_answers_are_handed_to_whoever_records_them(run: RunDir, model: str, cod
         def __init__(self) -> None:
             self.records: list[Any] = []
 
-        def answered(self, record: Any) -> None:
-            self.records.append(record)
+        def answered(self, record: Any, asked: ChatRequest | CompletionRequest, key: Key) -> None:
+            self.records.append((record, asked, key))
+
+        async def give(self, request: FeedbackRequest, key: Key) -> FeedbackReceipt:
+            raise AssertionError("nobody gives any")
 
     Policies(run, model).publish(0)
     diary = Diary()
     with running(run, codec, scripted(codec, said(codec, "yes")), recorder=diary) as server:
         answer = client_of(server).chat.completions.create(model="policy", messages=ASK)
-        (record,) = diary.records
+        ((record, asked, key),) = diary.records
+    assert isinstance(asked, ChatRequest) and key.name == "anyone"
     assert record.id == answer.id and record.answers[0].text == "yes" and record.whole
     assert record.answers[0].token_ids == [*codec.plain("yes"), 258] and record.answers[0].logprobs == [-1.0] * 4
     assert codec.answer(record.prompt_ids[-12:]).endswith("assistant\n")

@@ -24,6 +24,8 @@ from rollcast.config import RunConfig
 from rollcast.engine_traces import engine_record
 from rollcast.engines import start_engine
 from rollcast.errors import RunFailed, UsageError
+from rollcast.live import feedback_actor
+from rollcast.live.feedback_tables import database_of, open_to_write
 from rollcast.live.keys import KeysFile
 from rollcast.live.replica import Replica
 from rollcast.live.routes import LiveRoutes, Served
@@ -58,6 +60,12 @@ class LiveSpec:
         """Of the application."""
         return f"live-{self.run.name}"
 
+    @property
+    def feedback(self) -> tuple[str, float, float]:
+        """Database, days and MiB of what is kept."""
+        settings = self.config.feedback
+        return database_of(RunDir(self.run), settings), settings.keep_days, settings.max_mib
+
 
 class LivePolicy:
     """One replica. Serve calls the constructor, builds the application, and asks for its health."""
@@ -73,6 +81,7 @@ class LivePolicy:
         source = Trainer(run, spec.namespace, f"live-{os.getpid()}") if follows else None
         shelf = Shelf(run, spec.config.serve.canary) if follows and spec.config.serve.keep_best else None
         self.replica = Replica(self.codec, self._engine, source, shelf, spec.config.weights.probe_max_gap)
+        self.desk = await asyncio.to_thread(_desk, spec)
         try:
             await self.replica.start()
         except EngineDied as error:
@@ -84,7 +93,7 @@ class LivePolicy:
         served = Served(self.spec.run.name, config.rollout.max_model_len, config.serve.max_new_tokens)
         fleet = RunFleet(self.spec.run.name, self.spec.namespace)
         keys = None if config.serve.keys_file is None else KeysFile(config.serve.keys_file)
-        return LiveRoutes(self.replica, served, fleet).app(keys, config.serve.limits_of_replica)
+        return LiveRoutes(self.replica, served, fleet, self.desk).app(keys, config.serve.limits_of_replica)
 
     async def check_health(self) -> None:
         if not await self.replica.alive():
@@ -187,6 +196,8 @@ def deploy(spec: LiveSpec) -> str:
     section = spec.config.serve
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     _refuse_another(spec)
+    if spec.config.feedback.enabled:
+        open_to_write(spec.feedback[0]).dispose()  # A database that cannot be opened is told before anything starts.
     serve.start(http_options={"host": section.host, "port": section.port}, logging_config={"log_level": "WARNING"})
     try:
         serve.run(application(spec), name=spec.name, route_prefix="/")
@@ -201,6 +212,18 @@ def remove(spec: LiveSpec) -> None:
     from ray import serve
 
     serve.delete(spec.name)
+    feedback_actor.stop(_writer_of(spec), namespace=spec.namespace)
+
+
+def _writer_of(spec: LiveSpec) -> str:
+    return f"feedback-{spec.run.name}"
+
+
+def _desk(spec: LiveSpec) -> feedback_actor.FeedbackDesk | None:
+    """Of the one writer of the run, which outlives the replica that happened to start it."""
+    if not spec.config.feedback.enabled:
+        return None
+    return feedback_actor.start(_writer_of(spec), *spec.feedback, namespace=spec.namespace, lifetime="detached")
 
 
 def spec_of(config: RunConfig, run: Path, namespace: str, version: int | None = None) -> LiveSpec:

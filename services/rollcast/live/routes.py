@@ -18,10 +18,12 @@ from pydantic import Field
 from rollcast import metrics
 from rollcast.errors import RollcastError
 from rollcast.live.answers import ModelCard, ModelList
+from rollcast.live.feedback import FeedbackReceipt, FeedbackRequest
 from rollcast.live.gate import guard
-from rollcast.live.keys import Keys
+from rollcast.live.keys import Key, Keys
 from rollcast.live.limits import Limits
 from rollcast.live.openai_errors import ApiError
+from rollcast.live.page import page
 from rollcast.live.prompt import prompt_ids
 from rollcast.live.protocol import (
     Asked,
@@ -57,10 +59,13 @@ class Canary(Asked):
 
 
 class Recorder(Protocol):
-    """Whoever wants to know what was answered."""
+    """Whoever keeps what was answered, and what people say of it."""
 
-    def answered(self, record: Record) -> None:
+    def answered(self, record: Record, asked: ChatRequest | CompletionRequest, key: Key) -> None:
         """Called once an answer is whole; must not wait."""
+
+    async def give(self, request: FeedbackRequest, key: Key) -> FeedbackReceipt:
+        """Keeps feedback. Raises `ApiError`."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,8 @@ class LiveRoutes:
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
         app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
         app.add_api_route("/v1/completions", self.complete, methods=["POST"], response_model=None)
+        app.add_api_route("/v1/feedback", self.feedback, methods=["POST"], response_model=None)
+        app.add_api_route("/", self.front, methods=["GET"], response_model=None)
         app.add_api_route("/healthz", self.healthz, methods=["GET"], response_model=None)
         app.add_api_route("/v1/models", self.models, methods=["GET"], response_model=None)
         app.add_api_route("/v1/policy", self.policy, methods=["GET"], response_model=None)
@@ -130,25 +137,34 @@ class LiveRoutes:
             asked.stops,
             asked.answers,
             asked.alternatives is not None,
-            self._note(request),
+            self._note(asked, request),
         )
         return stream(question, form, asked.wants_usage) if asked.stream else Whole(question, form)
 
-    def _note(self, request: Request) -> Any:
+    def _note(self, asked: ChatRequest | CompletionRequest, request: Request) -> Any:
         """What is to be done with an answer once it is over, whole or cut."""
         caller, recorder = request.state.caller, self.recorder
 
         def note(record: Record) -> None:
             caller.spend(len(record.prompt_ids) + sum(len(answer.token_ids) for answer in record.answers))
             if recorder is not None and record.whole:
-                recorder.answered(record)
+                recorder.answered(record, asked, request.state.key)
 
         return note
 
     def _id(self, kind: str) -> str:
         return f"{kind}-{uuid.uuid4().hex}"
 
+    async def feedback(self, asked: FeedbackRequest, request: Request) -> FeedbackReceipt:
+        if self.recorder is None:
+            raise ApiError(404, "answers are not kept here (feedback.enabled = false)", None, "feedback_disabled")
+        return await self.recorder.give(asked, request.state.key)
+
     # ---- what there is
+
+    async def front(self) -> Response:
+        content, headers = page()
+        return Response(content, headers=headers)
 
     async def healthz(self) -> dict[str, Any]:
         return {"status": "ok", "policy_version": self.replica.resident["latest"]}
