@@ -108,7 +108,7 @@ class Server:
         self.loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self.failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> "Server":
         self._thread.start()
