@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import httpx
 import openai
 import psutil
 import pytest
+from ray.exceptions import RayActorError
 
 from live_server import Policies, free_port
 from rollcast.config import RunConfig
@@ -74,8 +76,11 @@ class Live:
         """Of the replicas, as far as they answer."""
         from ray import serve
 
-        handle = serve.get_app_handle(self.spec.name)
-        return {int(handle.pid.remote().result(timeout_s=20)) for _ in range(12)}
+        handle, found = serve.get_app_handle(self.spec.name), set()
+        for _ in range(12):
+            with suppress(RayActorError):  # Of one that has just died.
+                found.add(int(handle.pid.remote().result(timeout_s=20)))
+        return found
 
     def version(self) -> int:
         return int(httpx.get(f"{self.url}/v1/policy").json()["policy_version"])
