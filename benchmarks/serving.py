@@ -98,9 +98,6 @@ def served(folder: Path, model: Path, engine: str) -> Iterator[Live]:
     from rollcast.config_file import load_config
     from rollcast.live import app
 
-    for name in ("CONFIG_FILE_LOC", "SOCKET_PATH", "SERVER_STATE_BASE", "SERVER_STATE_FILE"):
-        place = folder if name == "SERVER_STATE_BASE" else folder / name.lower()
-        os.environ[f"RAY_SERVE_HAPROXY_{name}"] = str(place)
     os.environ |= {f"RAY_SERVE_HAPROXY_{name}_PORT": str(free_port()) for name in ("METRICS", "STATS")}
     settings = (f"--model.path={model}", f"--run.dir={folder}", "--run.name=served", f"--rollout.engine={engine}")
     limits = ("requests_per_s=1e6", "burst=1000000", "tokens_per_minute=1000000000", "concurrent=100000")

@@ -102,13 +102,13 @@ class Server:
         context: int = 512,
     ) -> None:
         self.replica = Replica(codec, start_engine, RunFolder(run, look_every_s=0.02), Shelf(run), 0.08)
-        self._made = (LiveRoutes(self.replica, Served(run.path.name, context, 256), fleet, recorder), keys, limits)
+        self._made = (LiveRoutes(self.replica, Served(run.path.name, context, 500), fleet, recorder), keys, limits)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self.failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> "Server":
         self._thread.start()

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import httpx
 import openai
 import psutil
 import pytest
+from ray.exceptions import RayActorError
 
 from live_server import Policies, free_port
 from rollcast.config import RunConfig
@@ -74,8 +76,11 @@ class Live:
         """Of the replicas, as far as they answer."""
         from ray import serve
 
-        handle = serve.get_app_handle(self.spec.name)
-        return {int(handle.pid.remote().result(timeout_s=20)) for _ in range(12)}
+        handle, found = serve.get_app_handle(self.spec.name), set()
+        for _ in range(12):
+            with suppress(RayActorError):  # Of one that has just died.
+                found.add(int(handle.pid.remote().result(timeout_s=20)))
+        return found
 
     def version(self) -> int:
         return int(httpx.get(f"{self.url}/v1/policy").json()["policy_version"])
@@ -137,55 +142,70 @@ def test_whoever_leaves_frees_the_engine(live: Live) -> None:
         wait_for(lambda: live.answering() == 0, 2.0)
 
 
+class Crowd:
+    """Clients that ask without a pause, and what became of each question; 0 is a connection that broke."""
+
+    def __init__(self, url: str, clients: int) -> None:
+        self.codes: Counter[int] = Counter()
+        self.told: list[list[dict[str, int]]] = []
+        self._url = url
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._talk, daemon=True) for _ in range(clients)]
+
+    def __enter__(self) -> "Crowd":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(30)
+
+    def _talk(self) -> None:
+        body = {"model": "policy", "messages": ASK, "max_tokens": 40}
+        with httpx.Client(base_url=self._url, timeout=30) as client:
+            while not self._stop.is_set():
+                try:
+                    self._note(client.post("/v1/chat/completions", json=body))
+                except httpx.TransportError:
+                    self.codes[0] += 1
+                    time.sleep(0.05)
+
+    def _note(self, answer: httpx.Response) -> None:
+        with self._lock:
+            self.codes[answer.status_code] += 1
+            if answer.status_code == 200:
+                self.told.append(answer.json()["policy_versions"])
+
+
 @pytest.mark.ray
 def test_updates_under_load_and_a_killed_replica(live: Live) -> None:
     """Eight clients; no answer is lost to an update. Then a replica dies: the other answers, and a third comes."""
-    told: list[list[dict[str, int]]] = []
-    codes: Counter[int] = Counter()
-    lock, stop = threading.Lock(), threading.Event()
-
-    def talk() -> None:
-        body = {"model": "policy", "messages": ASK, "max_tokens": 40}
-        with httpx.Client(base_url=live.url, timeout=30) as client:
-            while not stop.is_set():
-                try:
-                    answer = client.post("/v1/chat/completions", json=body)
-                except httpx.TransportError:
-                    codes[0] += 1
-                    continue
-                with lock:
-                    codes[answer.status_code] += 1
-                    if answer.status_code == 200:
-                        told.append(answer.json()["policy_versions"])
-
-    threads = [threading.Thread(target=talk) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for version in (11, 12, 13):
-        time.sleep(0.7)
-        live.policies.publish(version)
-        wait_for(lambda version=version: live.version() == version, 20)
-    time.sleep(0.5)
-    assert set(codes) == {200}, "no update costs an answer"
-    assert all(spans[0]["start"] == 0 for spans in told)
-    assert all(a["end"] == b["start"] and a["version"] < b["version"] for spans in told for a, b in pairwise(spans))
-    assert any(len(spans) > 1 for spans in told)
-
-    pids = live.pids()
-    assert len(pids) == 2
-    victim = min(pids)
-    os.kill(victim, signal.SIGKILL)
-    wait_for(lambda: not psutil.pid_exists(victim), 10)
-    answered = codes[200]
-    wait_for(lambda: codes[200] > answered + 8, 20)
-    live.policies.publish(14)
-    wait_for(lambda: len(live.pids()) == 2, 60)
-    stop.set()
-    for thread in threads:
-        thread.join(30)
-    assert victim not in live.pids()
-    wait_for(lambda: {greedy(live)[1] for _ in range(8)} == {14}, 20)
-    assert codes[200] > 50 * (sum(codes.values()) - codes[200]), codes
+    with Crowd(live.url, 8) as crowd:
+        for version in (11, 12, 13):
+            time.sleep(0.7)
+            live.policies.publish(version)
+            wait_for(lambda version=version: live.version() == version, 30)
+        time.sleep(0.5)
+        assert set(crowd.codes) == {200}, "no update costs an answer"
+        spans_of_all = list(crowd.told)
+        pids = live.pids()
+        assert len(pids) == 2
+        victim = min(pids)
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: not psutil.pid_exists(victim), 10)
+        answered = crowd.codes[200]
+        wait_for(lambda: crowd.codes[200] > answered + 8, 30)
+        live.policies.publish(14)
+        wait_for(lambda: len(live.pids() - {victim}) == 2, 90)
+    assert all(spans[0]["start"] == 0 for spans in spans_of_all)
+    neighbours = [pair for spans in spans_of_all for pair in pairwise(spans)]
+    assert neighbours and all(a["end"] == b["start"] and a["version"] < b["version"] for a, b in neighbours)
+    wait_for(lambda: {greedy(live)[1] for _ in range(8)} == {14}, 30)
+    failed = sum(crowd.codes.values()) - crowd.codes[200]
+    assert failed <= 8 and crowd.codes[200] > 20 * failed, crowd.codes
 
 
 @pytest.mark.ray
@@ -216,7 +236,7 @@ def test_a_run_is_served_while_it_trains_and_afterwards(tmp_path: Path, tiny_fp3
         run.stop.signal = signal.SIGTERM
 
     with opened(config, folder.path, "auto", Run) as run:
-        thread = threading.Thread(target=watch)
+        thread = threading.Thread(target=watch, daemon=True)
         thread.start()
         run.see_through(loop)
         thread.join(30)
@@ -238,14 +258,8 @@ def test_the_verb_serves_behind_haproxy(tmp_path: Path, tiny_fp32: str) -> None:
     Policies(run, tiny_fp32).publish(4)
     run.config.write_text(config.to_toml(), encoding="utf-8")
     run.run_json.write_text('{"name": "done", "host": "elsewhere", "pid": 1, "started": 1}', encoding="utf-8")
-    sockets = tmp_path / "ha"
-    sockets.mkdir()
     environment = os.environ | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(sockets / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(sockets / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(sockets),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(sockets / "state"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "PYTHONPATH": os.pathsep.join(str(ROOT / source) for source in ("services", "learners", "envs")),

@@ -195,7 +195,7 @@ def test_updates_in_mid_stream_leave_contiguous_spans_and_no_error(run: RunDir, 
             except BaseException as error:
                 failures.append(error)
 
-        threads = [threading.Thread(target=talk) for _ in range(8)]
+        threads = [threading.Thread(target=talk, daemon=True) for _ in range(8)]
         for thread in threads:
             thread.start()
         for version in range(1, 9):
