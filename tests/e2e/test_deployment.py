@@ -4,6 +4,7 @@ to Prometheus. Only ports, folders and names of hosts differ. Everything is ende
 
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployment import ROOT, compose, documents
+from rollcast import metrics
 
 SERVICES = compose()["services"]
 BIN = Path(sys.executable).parent
@@ -252,6 +254,32 @@ def test_figures_reach_prometheus_and_stay_while_the_run_lives(deployed: Deploye
             wait_for("the figures to end", 30, lambda: not scraped(deployed))
         finally:
             driver.kill()
+
+
+@pytest.mark.soak
+def test_the_cluster_trains_and_its_figures_are_seen(deployed: Deployed, tiny_bf16: str, tmp_path: Path) -> None:
+    """The job's command of deploy/kuberay/rayjob.yaml, on the nodes of the compose file."""
+    deployed.start("learner")
+    deployed.wait_until_healthy("learner")
+    (job,) = documents(ROOT / "deploy/kuberay/rayjob.yaml")
+    python, *words = shlex.split(job["spec"]["entrypoint"])
+    config = str(ROOT / "deploy" / "configs" / "cluster-scripted.toml")
+    words = [config if word.startswith("/opt/rollcast/") else word for word in words]
+    words += ["--model.path", tiny_bf16, "--run.dir", str(tmp_path), "--run.steps", "40"]
+    environment = {**deployed.environment, "RAY_ADDRESS": f"127.0.0.1:{deployed.nodes['head'].ports['port']}"}
+    assert python == "python"
+    with (tmp_path / "train.log").open("w") as log:
+        run = subprocess.Popen([sys.executable, *words], env=environment, stdout=log, stderr=log)
+    try:
+        found = wait_for(
+            "a step's figures", 180, lambda: (seen := scraped(deployed)).get("ray_rollcast_reward_mean") and seen
+        )
+        assert found["ray_rollcast_fleet_workers"][0] == 2
+        assert {labels["run"] for _, labels in found.values()} == {"cluster-scripted"}
+        assert run.wait(300) == 0, (tmp_path / "train.log").read_text()
+    finally:
+        end(run.pid)
+    assert metrics.read(tmp_path / "cluster-scripted" / "metrics.jsonl")[-1]["step"] == 40
 
 
 def test_a_node_that_goes_is_no_longer_asked_for_figures(deployed: Deployed) -> None:
