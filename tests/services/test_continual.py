@@ -107,6 +107,7 @@ def settings(folder: Path, model: str, *words: str) -> Any:
     return load_config(SCRIPTED, [*where, reward, *WORDS, *words])
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 def test_two_rounds_learn_from_feedback_and_the_better_policy_is_promoted(
     tmp_path: Path, tiny_fp32: str, ray_cluster: str

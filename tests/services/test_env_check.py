@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -159,10 +160,20 @@ GIVEN: dict[str, dict[str, Any]] = {"rollcast/SkyRLGym-v0": {"env": "skyrl_shape
 
 
 @pytest.mark.parametrize("env_id", BUILT_IN)
-def test_the_built_in_environments_are_not_at_fault(env_id: str) -> None:
+def test_the_built_in_environments_are_not_at_fault(env_id: str, tmp_path: Path) -> None:
     if env_id in NEEDS:
         pytest.importorskip(NEEDS[env_id])
-    report = check(env_id, GIVEN.get(env_id, {}), Limits(episodes=3, max_turns=20, timeout_s=120.0))
+    given = GIVEN.get(env_id, {})
+    if env_id == "rollcast/Feedback-v0":  # It has no data of its own.
+        row = {
+            "split": "train",
+            "question": "Capital of Peru?",
+            "references": ["Lima"],
+            "judged": [{"answer": "Lima", "value": 1.0}],
+        }
+        given = {"data": str(tmp_path / "feedback.jsonl")}
+        Path(given["data"]).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    report = check(env_id, given, Limits(episodes=3, max_turns=20, timeout_s=120.0))
     assert [finding for finding in report.findings if finding.level == "error"] == []
     assert report.episodes == 3
 
