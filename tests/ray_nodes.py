@@ -44,14 +44,18 @@ class Nodes:
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, env=self.environment, text=True, stdin=pipe, stdout=pipe)
         self.environment["RAY_ADDRESS"] = self._ask("head", **head)
+        self.added: list[str] = []
+        """Ids of the living nodes beside the head."""
 
     def add(self, **resources: float) -> str:
         """A new node with `num_cpus`, `num_gpus`; returns its id."""
-        return self._ask("add", **resources)
+        self.added.append(self._ask("add", **resources))
+        return self.added[-1]
 
     def remove(self, node: str) -> None:
         """The node and all that runs there is killed."""
         self._ask("remove", node=node)
+        self.added.remove(node)
 
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):

@@ -140,10 +140,10 @@ def judged(
     worth about 0, so where nothing was liked, any nonsense is worth as much: ask only what has a good answer.
 
     >>> verdicts = [("Lima", 1.0), ("I do not know.", -1.0)]
-    >>> judged("Lima", verdicts, exact_match), judged("I don't know", verdicts, exact_match)
+    >>> judged("Lima", verdicts, exact_match), judged("I do not know", verdicts, exact_match)
     (1.0, -1.0)
     >>> round(judged("Lima, I think", verdicts, token_f1), 2)
-    0.14
+    0.21
     """
     liked = max((value * measure(answer, [text]) for text, value in verdicts if value > 0), default=0.0)
     disliked = max((-value * measure(answer, [text]) for text, value in verdicts if value < 0), default=0.0)

@@ -276,6 +276,11 @@ def segments_of(folder: Path, version: int) -> list[Path]:
     return list(folder.glob(f"v{version}-*.safetensors"))
 
 
+def versions_in(folder: Path) -> set[int]:
+    """All versions with files there."""
+    return {int(path.name[1:].partition("-")[0]) for path in folder.glob("v*-*.safetensors")}
+
+
 def private_files(folder: Path) -> list[Path]:
     """What arenas in this folder have not given a version yet."""
     return list(folder.glob(".*.writing"))

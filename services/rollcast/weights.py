@@ -36,7 +36,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rollcast.engine_traces import sweep_dead
 from rollcast.intake import WeightsMissing, WeightsRefused
-from rollcast_learners.arena import InvalidWeights, TensorSpec, private_files, segments_of, validate
+from rollcast_learners.arena import InvalidWeights, TensorSpec, private_files, segments_of, validate, versions_in
 from rollcast_learners.errors import LearnerLost
 from rollcast_learners.types import Weights
 
@@ -155,7 +155,8 @@ class NodeAgent:
     async def begin_again(self, first_version: int) -> None:
         """The learner that wrote all earlier versions is gone: nobody can acquire them from now on; their files go."""
         async with self._fetching:  # A copy on its way is written first, and goes with the others.
-            self._orphans |= set(range(self._oldest, first_version))
+            # Also what was given back to a learner that died before it wrote anything over it.
+            self._orphans |= {version for version in versions_in(self.folder) if version < first_version}
             self._oldest = first_version
             self._copies.clear()
             for path in private_files(self.folder):

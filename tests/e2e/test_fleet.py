@@ -114,6 +114,12 @@ def has_trained(run: LiveRun, worker: int) -> bool:
     return False
 
 
+def stops(run: LiveRun) -> None:
+    code, said = run.asks("stop")
+    assert code == 0 and "ended" in said, said
+    assert run.trainer.wait(30) == 0
+
+
 def is_refused(second: LiveRun, first: LiveRun) -> None:
     """A trainer of the same name whose folder is another one, as on a host without a shared disk."""
     assert second.trainer.wait(90) == 2
@@ -153,8 +159,7 @@ def test_scaling_while_it_trains_loses_nothing(starts: Starts, three: Nodes, tmp
 
     events = Counter(event["event"] for event in run.events())
     assert events["return"] == events["refused"] == events["failed"] == 0, "what leaving workers played was finished"
-    code, said = run.asks("stop")
-    assert code == 0 and "ended" in said and run.trainer.wait(30) == 0
+    stops(run)
     rows = metrics.read(run.folder.metrics)
     assert_nothing_lost(run.folder, rows[-1]["step"], GROUPS)
     assert {1, 2, 3, 4} >= {row["fleet/workers"] for row in rows[1:]} and rows[-1]["fleet/wanted"] == 3
@@ -179,7 +184,7 @@ def speller(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 LEARNS = (
-    *("--rollout.engine", "torch", "--rollout.max_new_tokens", "8", "--rollout.workers", "4"),
+    *("--rollout.engine", "torch", "--rollout.max_new_tokens", "8", "--rollout.workers", "3"),
     *("--rollout.group_size", "8", "--rollout.concurrency", "8", "--learner.learning_rate", "3e-3"),
     *("--learner.critic", "none", "--buffer.max_staleness", "1", "--model.dtype", "float32"),
 )
@@ -187,29 +192,30 @@ LEARNS = (
 
 def disturbed(run: LiveRun, three: Nodes, steps: int) -> tuple[int, list[float]]:
     """Takes a node of the cluster away, and brings one back, every four steps; how often, and the rewards."""
-    node, taken = three.add(num_cpus=2), 0
+    taken, there = 0, True
     while (step := len(metrics.read(run.folder.metrics))) < steps:
-        if node:
-            three.remove(node)
-            node, taken = "", taken + 1
+        if there:
+            three.remove(three.added[-1])
+            taken += 1
         else:
-            node = three.add(num_cpus=2)
+            three.add(num_cpus=2)
+        there = not there
         run.goes_on(min(4, steps + 1 - step), 120)
-    if node:
-        three.remove(node)
+    if not there:
+        three.add(num_cpus=2)
     return taken, [row["reward/mean"] for row in metrics.read(run.folder.metrics)[1:]]
 
 
 @pytest.mark.ray
 def test_a_node_that_comes_and_goes_costs_only_its_leases(starts: Starts, three: Nodes, speller: str) -> None:
-    run = starts("nodes", *LEARNS, "--env.0.kwargs.seconds", "0.2", "--run.steps", "100000", model=speller)
-    run.waits_until(lambda: len(metrics.read(run.folder.metrics)) > 1, 120)
+    run = starts("nodes", *LEARNS, "--env.0.kwargs.seconds", "0.4", "--run.steps", "100000", model=speller)
+    run.waits_until(lambda: run.status().get("workers") == 3 and len(metrics.read(run.folder.metrics)) > 1, 120)
     taken, rewards = disturbed(run, three, 32)
     assert taken >= 3 and sum(rewards[-4:]) / 4 >= 0.9, "undisturbed it comes to 1.0, the most there is"
-    assert run.asks("stop")[0] == 0 and run.trainer.wait(30) == 0
+    stops(run)
     rows = metrics.read(run.folder.metrics)
     events = assert_nothing_lost(run.folder, rows[-1]["step"], GROUPS)
-    assert rows[-1]["fleet/restarts"] > 0 and events["failed"] == 0
+    assert rows[-1]["fleet/restarts"] >= 2 and events["return"] > 0 == events["failed"], "its workers played"
 
 
 @pytest.mark.ray
@@ -224,14 +230,14 @@ def test_with_nodes_that_come_and_go_it_learns_as_well_as_without(starts: Starts
     calm = starts("calm", *LEARNS, "--env.0.kwargs.seconds", "0.3", "--run.steps", str(steps), model=speller)
     assert calm.trainer.wait(300) == 0
     run = starts("stormy", *LEARNS, "--env.0.kwargs.seconds", "0.3", model=speller)
-    run.waits_until(lambda: len(metrics.read(run.folder.metrics)) > 1, 120)
+    run.waits_until(lambda: run.status().get("workers") == 3 and len(metrics.read(run.folder.metrics)) > 1, 120)
     taken, found = disturbed(run, three, steps)
     undisturbed = rewards(calm)
     print(f"taken {taken} times; rewards {undisturbed[-10:]} and {found[-10:]}")
-    assert taken >= 7
+    assert taken >= 5
     for last in (10, steps):  # Where it gets to, and on the way.
         assert sum(found[:steps][-last:]) >= 0.9 * sum(undisturbed[-last:])
-    assert run.asks("stop")[0] == 0 and run.trainer.wait(60) == 0
+    stops(run)
     assert_nothing_lost(run.folder, metrics.read(run.folder.metrics)[-1]["step"], GROUPS)
 
 
@@ -278,7 +284,7 @@ def test_workers_and_learners_have_devices_of_their_own(tmp_path: Path, three: N
     ids = [tuple(one) for one in found["workers"] + found["learners"]]
     assert len(ids) == len(set(ids)) == 3 and len(found["learners"]) == 1
     assert found["most"] == 3, "as many as have a GPU, on that node"
-    assert refused.returncode == 2 and "The run needs 4 GPUs; the cluster has 3 GPUs." in refused.stderr
+    assert refused.returncode == 2 and "it needs 4 GPUs, the cluster has 3" in refused.stderr
 
 
 TELLS_ITS_LEARNER = """
@@ -315,7 +321,7 @@ def test_the_learners_node_goes_and_its_workers_play_on(starts: Starts, three: N
     assert [row["step"] for row in rows] == list(range(len(rows))) and versions == sorted(set(versions))
     assert rows[-1]["fleet/workers"] == 2 and rows[-1]["fleet/restarts"] <= 1
     assert workers & {event["worker"] for event in run.events()[-20:] if event["event"] == "lease"}
-    assert run.asks("stop")[0] == 0 and run.trainer.wait(60) == 0
+    stops(run)
     assert_nothing_lost(run.folder, metrics.read(run.folder.metrics)[-1]["step"], GROUPS)
     if home != added:  # As the next test expects it.
         three.remove(added)

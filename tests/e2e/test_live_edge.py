@@ -37,6 +37,7 @@ def served(
     overrides = [f"--model.path={tiny_fp32}", f"--run.dir={folder}", f"--serve.port={free_port()}", *RATES]
     overrides += ["--rollout.engine=torch", "--serve.max_new_tokens=8"]  # An engine that computes can overflow too.
     overrides += ["--serve.cpus_per_replica=0.5", f"--serve.keys_file={folder / 'keys.json'}"]
+    (folder / "corpus").mkdir()
     spec = spec_of(load_config(SCRIPTED, overrides), folder / "corpus", ray_cluster, version=3)
     serve.shutdown()  # A cluster has one HTTP address, and other tests may have given it theirs.
     url = deploy(spec)

@@ -307,7 +307,8 @@ def test_whoever_leaves_frees_the_slot(run: RunDir, model: str, codec: ChatCodec
         with httpx.Client(base_url=server.url, timeout=httpx.Timeout(5, read=0.5)) as client:
             if streamed:
                 with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-                    assert next(answer.iter_lines()).startswith("data: ")
+                    lines = answer.iter_lines()  # Held: the stream is closed with it.
+                    assert next(lines).startswith("data: ")
                     assert server.replica.counts.answering == 1
             else:
                 with pytest.raises(httpx.ReadTimeout):

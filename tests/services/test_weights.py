@@ -95,6 +95,16 @@ def test_what_a_dead_learner_published_goes_once_nobody_reads_it(store: Store) -
     arena.close()
 
 
+@pytest.mark.ray
+def test_what_was_given_back_to_a_learner_that_then_died_goes_too(store: Store) -> None:
+    lost, folder = Arena(store.folder, policy_specs(TENSORS)), Path(store.folder)
+    for version in range(2):
+        published(lost, version, store.home)
+    assert store.free(1) == [0], "its pages may carry a later version, and never will"
+    store.begin_again(store.home, 3)
+    assert not list(folder.glob("*.safetensors"))
+
+
 def flip_a_bit(weights: Weights, folder: Path) -> Weights:
     entry = weights.manifest[0]
     with (folder / weights.segments[0]).open("r+b") as file:
