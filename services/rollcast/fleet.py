@@ -39,6 +39,8 @@ LOOK_EVERY_S = 1.0
 TOLD_AFTER_S = 30.0
 """A worker that Ray has not placed for so long is told of."""
 MAX_FAILED_STARTS = 5
+NODE_DIED = "its node has died"
+"""Ray's words for an actor that it had placed on a node that turned out to be gone; it has no other sign of that."""
 EVALUATION = -1
 """The lease of calls that are no rollouts: the ledger knows nothing of them."""
 
@@ -320,7 +322,8 @@ class Fleet:
         if state.leave_by is not None:
             return
         self.store.add_nodes()
-        if not state.ready and not self._on_lost_node(state):  # A node that left says nothing about the engine.
+        lost_with_node = self._on_lost_node(state) or (state.place is None and NODE_DIED in why)
+        if not state.ready and not lost_with_node:  # A node that left says nothing about the engine.
             self._failed_starts += 1
             self._give_up_after(why)
         self.restarts += 1
