@@ -186,6 +186,7 @@ def test_a_learner_killed_in_a_step_is_replaced_from_the_newest_checkpoint(
     assert "a learner died in step" in told and "resuming from" in told and "Traceback" not in told
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 def test_before_the_first_checkpoint_a_run_begins_again_and_the_third_death_ends_it(
     tmp_path: Path, tiny_bf16: str, ray_cluster: str, capsys: pytest.CaptureFixture[str]

@@ -54,6 +54,7 @@ def beside(config: RunConfig, story: Callable[[Run], None]) -> RunDir:
     return folder
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 def test_the_fleet_grows_until_the_learner_is_busy_and_shrinks_when_it_is_the_bottleneck(
     tmp_path: Path, tiny_bf16: str, ray_cluster: str

@@ -93,6 +93,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path, tiny_fp32: str, ray_cl
     assert figures("first") == figures("second")
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 def test_a_run_with_a_sharded_policy_goes_on_without(tmp_path: Path, tiny_fp32: str, ray_cluster: str) -> None:
     words = ("--rollout.engine=torch", "--rollout.max_new_tokens=4", "--eval.samples=2", "--learner.learning_rate=1e-2")

@@ -21,6 +21,7 @@ def config_for(folder: Path, model: str, *words: str) -> RunConfig:
     return load_config(SCRIPTED, [*common, "--eval.every=1", *words])
 
 
+@pytest.mark.soak
 def test_a_trial_is_a_run_like_any_other(tmp_path: Path, tiny_bf16: str, ray_cluster: str) -> None:
     words = ("--tune.space.learner.learning_rate=[1e-4]", "--tune.metric=QA-v0/f1", "--run.steps=1")
     (trial,) = tune(config_for(tmp_path, tiny_bf16, *words), tmp_path / "search", print)
