@@ -300,6 +300,7 @@ def started(folder: Path, words: list[str]) -> "subprocess.Popen[str]":
     return subprocess.Popen(words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
+@pytest.mark.soak
 def test_a_killed_trainer_resumes_above_all_earlier_versions(tmp_path: Path, tiny_bf16: str) -> None:
     folder = RunDir(tmp_path / "killed")
     trainer = start(tmp_path, tiny_bf16, "--run.steps", "100000", "--checkpoint.every", "2", "--run.name", "killed")
@@ -341,6 +342,7 @@ def test_asked_to_stop_it_saves_and_exits(tmp_path: Path, tiny_bf16: str, number
     assert not list(Path("/dev/shm").glob("rollcast-asked-*"))
 
 
+@pytest.mark.soak
 def test_asked_to_stop_while_it_starts_it_leaves_nothing_behind(tmp_path: Path, tiny_bf16: str) -> None:
     folder = RunDir(tmp_path / "early")
     trainer = start(tmp_path, tiny_bf16, "--run.name", "early", "--rollout.workers", "2")
@@ -373,6 +375,7 @@ def test_a_corrupt_newest_checkpoint_is_reported_and_the_one_before_used(
     assert [row["step"] for row in metrics.read(folder.metrics)] == [0, 1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 def test_a_few_bad_episodes_are_counted_and_many_stop_the_run(tmp_path: Path, tiny_bf16: str, ray_cluster: str) -> None:
     sometimes = ("--env.0.id=faulty_envs:faulty/Sometimes-v0", "--run.steps=6", "--rollout.max_error_share=0.9")

@@ -250,6 +250,7 @@ def test_a_run_is_served_while_it_trains_and_afterwards(tmp_path: Path, tiny_fp3
     app.remove(app.spec_of(config, folder.path, ""))
 
 
+@pytest.mark.soak
 def test_the_verb_serves_behind_haproxy(tmp_path: Path, tiny_fp32: str) -> None:
     """In a process and a cluster of its own, as a person types it."""
     folder, port = tmp_path / "runs", free_port()
