@@ -48,7 +48,7 @@ def main() -> None:
         ["end_to_end.py", workload, "--peer-python", peer_python(name)] for workload, name in END_TO_END.items()
     ]
     learner = [["learner.py"], ["learner_scaling.py"], ["head.py"], ["packing.py"]]
-    for script, *more in (["weights.py"], *learner, ["asynchrony.py"], ["tasks.py"], *end_to_end):
+    for script, *more in (["weights.py"], ["serving.py"], *learner, ["asynchrony.py"], ["tasks.py"], *end_to_end):
         print("==", script, *more[:1], flush=True)
         subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), "--write", *more], cwd=ROOT, check=True)
 
