@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "soft q": {"algorithm": "soft_q", "kl": KLSettings(kind="k1", coef=0.1)},
     "separate critic": {"critic": "separate", "epochs": 2},
     "checkpointed": {"checkpointing": True, "microbatch_tokens": 25},
+    "compiled": {"compiled": True, "microbatch_tokens": 25},
     "adapter": {"adapter": LORA, "kl": KLSettings(kind="k3", coef=0.1)},
     "adapter, merged": {"adapter": LORA.model_copy(update={"publish": "merged"}), "epochs": 2},
     "adapter of one row, which one learner has": {"adapter": LORA.model_copy(update={"rank": 1})},
@@ -157,7 +158,10 @@ def test_the_group_builds_a_sharded_policy(pair, tiny_fp32):
     np.testing.assert_allclose(pair.probe(tokens).logprobs_RL, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # See test_compiled.py.
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.soak if name == "compiled" else ()) for name in VARIANTS]
+)
 def test_two_sharded_learners_equal_one_that_is_whole(variant, pair, tiny_fp32, tmp_path):
     spec = make_spec(tiny_fp32, **VARIANTS[variant])
     pair._each(start_again, spec=spec)
