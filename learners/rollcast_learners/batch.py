@@ -14,6 +14,7 @@ in episode order).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -88,7 +89,7 @@ class Batch:
         starts: NDArray[np.int32] = (np.cumsum(self.segment_length_S) - self.segment_length_S).astype(np.int32)
         return starts
 
-    @property
+    @cached_property
     def seen_until_T(self) -> NDArray[np.int32]:
         """Says of every two rows whether one sees the other: row i sees row j where j <= i < seen_until_T[j].
 

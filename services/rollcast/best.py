@@ -53,14 +53,18 @@ class BestPolicy:
             self.without_better += 1
             return False
         self.value, self.without_better = value, 0
-        partial = self.folder.best.with_name(".best.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        save(partial)
-        kept = {"metric": metric, "value": value, "step": step, "policy_version": version}
-        write_atomic(partial / "best.json", json.dumps(kept, indent=2) + "\n")
-        shutil.rmtree(self.folder.best, ignore_errors=True)
-        partial.replace(self.folder.best)
+        keep(self.folder, {"metric": metric, "value": value, "step": step, "policy_version": version}, save)
         return True
+
+
+def keep(folder: RunDir, said: Mapping[str, float | int | str], save: Callable[[Path], None]) -> None:
+    """Makes what `save` writes the best policy, and `said` what is known of it: whole, or not at all."""
+    partial = folder.best.with_name(".best.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save(partial)
+    write_atomic(partial / "best.json", json.dumps(said, indent=2) + "\n")
+    shutil.rmtree(folder.best, ignore_errors=True)
+    partial.replace(folder.best)
 
 
 def read(folder: RunDir) -> dict[str, float | int | str] | None:

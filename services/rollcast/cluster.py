@@ -53,13 +53,16 @@ def connected(config: RunConfig) -> Iterator[str]:
 
 
 @contextmanager
-def session() -> Iterator[str]:
-    """Connected for a time; gives the address of the dashboard, empty where there is none."""
-    address = os.environ.get("RAY_ADDRESS")
+def session(address: str | None = None) -> Iterator[str]:
+    """Connected for a time; gives the address of the dashboard, empty where there is none.
+
+    Without `address`, which may be "local" for a cluster of its own, it is the one that RAY_ADDRESS names, if any.
+    """
+    address = os.environ.get("RAY_ADDRESS") if address is None else address
     context = ray.init(
         address=address,
         namespace=NAMESPACE,
-        include_dashboard=False if address is None else None,
+        include_dashboard=False if address in (None, "local") else None,
         logging_level="ERROR",
         log_to_driver=False,
         runtime_env={"env_vars": environment()},

@@ -24,6 +24,7 @@ from rollcast.rundir import RunDir, write_atomic
 from rollcast.runs import Source, read_json, state_of
 from rollcast.session import StopRequest
 from rollcast.train import train
+from rollcast.weights import save_policy
 from rollcast_learners.types import Weights
 
 FEEDBACK_ENV = "rollcast/Feedback-v0"
@@ -144,38 +145,16 @@ def promote(winner: RunDir, target: RunDir) -> int:
         raise UsageError(f"{winner.path.name}'s policy does not fit {target.path.name}.", why, "Serve it by itself.")
     version = target.high_water_mark() + 1
     target.raise_high_water_mark(version)
-    published = target.weights / f"v{version}"
-    _copy(policy, version, published)
+    save_policy(policy, Path(policy.folder), target.published(version), version)
     last_step = max((int(row["step"]) for row in metrics.read(target.metrics)), default=0)
     said = {**kept, "step": last_step, "policy_version": version, "from": winner.path.name}
-    partial = target.best.with_name(".best.partial")
-    _copy(policy, version, partial)
-    write_atomic(partial / "best.json", json.dumps(said, indent=2) + "\n")
-    shutil.rmtree(target.best, ignore_errors=True)
-    partial.replace(target.best)
-    for old in target.weights.glob("v*"):
-        if old != published:
-            shutil.rmtree(old)
+    best.keep(target, said, lambda folder: save_policy(policy, Path(policy.folder), folder, version))
+    target.forget_published_but(version)
     return version
 
 
 def _form(weights: Weights) -> tuple[str, set[tuple[str, str, tuple[int, ...]]]]:
     return weights.kind, {(entry.name, entry.dtype, tuple(entry.shape)) for entry in weights.manifest}
-
-
-def _copy(policy: Weights, version: int, target: Path) -> None:
-    """The files of a policy under another version number: whole, or not at all."""
-    from rollcast_learners.arena import segment_name
-
-    partial = target.with_name(f".{target.name}.copy")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for place, name in enumerate(policy.segments):
-        shutil.copyfile(Path(policy.folder) / name, partial / segment_name(version, place))
-    manifest = {"version": version, "kind": policy.kind, "tensors": [asdict(entry) for entry in policy.manifest]}
-    (partial / "manifest.json").write_text(json.dumps(manifest) + "\n", encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    partial.replace(target)
 
 
 # ---- round after round

@@ -22,6 +22,7 @@ from rollcast.jobs import STOP_WAIT, STOP_WAIT_S, Job, Jobs, Shipment, exit_code
 from rollcast.plan import is_hub_id, processes_of
 from rollcast.rundir import RunDir
 from rollcast.runs import state_of
+from rollcast.submitted import relative
 
 LOOK_EVERY_S = 0.3
 
@@ -74,13 +75,9 @@ def _inside(config: Path, folder: Path | None) -> str:
 
 def refuse_local_paths(config: RunConfig) -> None:
     """Raises `UsageError` for what is on this machine alone, or would go with the job."""
-    run_dir, model = Path(config.run.dir), config.model.path
-    if not run_dir.expanduser().is_absolute():
-        raise UsageError(
-            f"run.dir: {config.run.dir!r} would not outlive the job",
-            "it is relative, and the working folder of a submitted job is deleted with it",
-            "name an absolute folder that every node of the cluster sees, such as --run.dir /data/runs",
-        )
+    model = config.model.path
+    if problem := relative(config.run.dir):
+        raise UsageError(*problem)
     if not Path(model).expanduser().is_absolute() and not is_hub_id(model):
         raise UsageError(
             f"model.path: {model!r} is a folder of this machine",

@@ -5,7 +5,6 @@ recording and saving; what is put back on a resume. Does not know how any part w
 """
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -299,10 +298,8 @@ class Run(Session):
 
     def _keep_weights(self) -> None:
         """The newest published policy as safetensors in the run folder: what serves and outlives the run."""
-        self.store.save(self.weights, self.folder.weights / f"v{self.weights.version}")
-        for old in self.folder.weights.glob("v*"):
-            if old.name != f"v{self.weights.version}":
-                shutil.rmtree(old)
+        self.store.save(self.weights, self.folder.published(self.weights.version))
+        self.folder.forget_published_but(self.weights.version)
 
     def _look_after_learners(self) -> None:
         if time.monotonic() - self._looked > LOOK_EVERY_S:

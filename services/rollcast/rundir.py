@@ -6,6 +6,7 @@ the files mean to a learner.
 
 import json
 import os
+import shutil
 import socket
 import time
 from dataclasses import dataclass
@@ -70,6 +71,16 @@ class RunDir:
     @property
     def weights(self) -> Path:
         return self.path / "weights"
+
+    def published(self, version: int) -> Path:
+        """Where the policy of that version lies published, or will."""
+        return self.weights / f"v{version}"
+
+    def forget_published_but(self, version: int) -> None:
+        """Removes what was published before `version`."""
+        for old in self.weights.glob("v*"):
+            if old != self.published(version):
+                shutil.rmtree(old)
 
     @property
     def best(self) -> Path:

@@ -86,12 +86,21 @@ def refuse_passing_folder(run_dir: str, folder: Path, environ: Mapping[str, str]
     """Raises `ConfigError` for a `run.dir` that would go with the job: a relative one, or one in Ray's own folder."""
     if not in_job(environ):
         return
+    if problem := relative(run_dir):
+        raise ConfigError(*problem)
     path = Path(run_dir).expanduser()
-    fix = "name an absolute folder that outlives the job and that every node sees, such as --run.dir /data/runs"
-    if not path.is_absolute():
-        why = "it is relative, and the working folder of a submitted job is deleted with it"
-        raise ConfigError(f"run.dir: {run_dir!r} would not outlive the job", why, fix)
     session = next((part.parent for part in folder.parents if part.name == SHIPPED_BELOW), None)
     if session is not None and path.resolve().is_relative_to(session.resolve()):
-        why = f"{session} is Ray's own folder, which goes with the cluster"
-        raise ConfigError(f"run.dir: {run_dir!r} would not outlive the job", why, fix)
+        raise ConfigError(*_passing(run_dir, f"{session} is Ray's own folder, which goes with the cluster"))
+
+
+def relative(run_dir: str) -> tuple[str, str, str] | None:
+    """What, why and do this of a `run.dir` that is relative; None for an absolute one."""
+    if Path(run_dir).expanduser().is_absolute():
+        return None
+    return _passing(run_dir, "it is relative, and the working folder of a submitted job is deleted with it")
+
+
+def _passing(run_dir: str, why: str) -> tuple[str, str, str]:
+    fix = "name an absolute folder that outlives the job and that every node sees, such as --run.dir /data/runs"
+    return f"run.dir: {run_dir!r} would not outlive the job", why, fix

@@ -36,7 +36,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rollcast.engine_traces import sweep_dead
 from rollcast.intake import WeightsMissing, WeightsRefused
-from rollcast_learners.arena import InvalidWeights, TensorSpec, private_files, segments_of, validate, versions_in
+from rollcast_learners.arena import (
+    InvalidWeights,
+    TensorSpec,
+    private_files,
+    segment_name,
+    segments_of,
+    validate,
+    versions_in,
+)
 from rollcast_learners.errors import LearnerLost
 from rollcast_learners.types import Weights
 
@@ -70,9 +78,14 @@ def owned_folder(label: str) -> Iterator[Path]:
     """A folder in shared memory for the record of an engine that belongs to no store. Should this process be killed,
     the next run or `rollcast doctor --fix` sweeps up after it."""
     with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{label}-{os.getpid()}-", dir=SHARED_MEMORY) as folder:
-        owner = {"pid": os.getpid(), "started": psutil.Process().create_time()}
-        (Path(folder) / OWNER).write_text(json.dumps(owner), encoding="utf-8")
+        _own(Path(folder))
         yield Path(folder)
+
+
+def _own(folder: Path) -> None:
+    """Says that the folder goes with this process."""
+    owner = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+    (folder / OWNER).write_text(json.dumps(owner), encoding="utf-8")
 
 
 def _owner_lives(owner: Path) -> bool:
@@ -103,8 +116,7 @@ class NodeAgent:
         self._transfer_s = transfer_s
         self.folder = Path(root) / f"{PREFIX}{run}-{node[:8]}-{os.getpid()}"
         self.folder.mkdir(mode=0o700)
-        owner = {"pid": os.getpid(), "started": psutil.Process().create_time()}
-        (self.folder / OWNER).write_text(json.dumps(owner), encoding="utf-8")
+        _own(self.folder)
         self._readers: dict[int, set[str]] = {}
         self._until: dict[str, float] = {}
         self._copies: dict[int, tuple[str, ...]] = {}
@@ -205,15 +217,17 @@ class NodeAgent:
         self._copies[weights.version] = weights.segments
 
 
-def save_policy(weights: Weights, folder: Path, target: Path) -> None:
-    """Copies a version's files to the folder `target`, with its manifest: whole, or not at all."""
+def save_policy(weights: Weights, folder: Path, target: Path, version: int | None = None) -> None:
+    """Copies a version's files to the folder `target`, with its manifest: whole, or not at all. `version` gives it
+    another number there."""
+    version = weights.version if version is None else version
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name in weights.segments:
-        shutil.copyfile(folder / name, partial / name)
+    for place, name in enumerate(weights.segments):
+        shutil.copyfile(folder / name, partial / segment_name(version, place))
     manifest = {
-        "version": weights.version,
+        "version": version,
         "kind": weights.kind,
         "tensors": [asdict(e) for e in weights.manifest],
     }

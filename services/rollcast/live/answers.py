@@ -3,7 +3,6 @@
 Owns: the fields of answers, chunks and model lists. Does not know HTTP, engines or tokens.
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -175,8 +174,3 @@ class ModelList(Told):
 def event(chunk: ChatChunk | CompletionAnswer) -> bytes:
     """A chunk as a server-sent event. JSON holds no bare line break, so that one line is enough."""
     return b"data: " + chunk.model_dump_json().encode() + b"\n\n"
-
-
-def spans(versions: Sequence[tuple[int, int, int]], choice: int = 0) -> list[Span]:
-    """Spans of answer number `choice` from (version, start, end)."""
-    return [Span(version=version, start=start, end=end, choice=choice) for version, start, end in versions]

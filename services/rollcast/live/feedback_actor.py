@@ -3,7 +3,6 @@
 Owns: the actor's options, and how its failures are told. Does not know databases or HTTP.
 """
 
-import time
 from typing import Any
 
 import numpy as np
@@ -81,7 +80,7 @@ def served_answers(record: Record, asked: ChatRequest | CompletionRequest, key: 
     return [
         ServedAnswer(
             id=answer_id(record.id, number),
-            time=time.time(),
+            time=record.created,
             key=key.id,
             prompt=prompt,
             text=answer.text,

@@ -36,7 +36,7 @@ from rollcast.live.protocol import (
     wanted_version,
 )
 from rollcast.live.replica import Replica
-from rollcast.live.told import Form, OfChat, OfCompletion, Question, Record, Whole, stream
+from rollcast.live.told import Events, Form, OfChat, OfCompletion, Question, Record, Whole
 from rollcast.live.versions import NoSuchPolicy, Releases
 from rollcast.sampler import Drawing
 
@@ -139,7 +139,7 @@ class LiveRoutes:
             asked.alternatives is not None,
             self._note(asked, request),
         )
-        return stream(question, form, asked.wants_usage) if asked.stream else Whole(question, form)
+        return Events(question, form, asked.wants_usage) if asked.stream else Whole(question, form)
 
     def _note(self, asked: ChatRequest | CompletionRequest, request: Request) -> Any:
         """What is to be done with an answer once it is over, whole or cut."""

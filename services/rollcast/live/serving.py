@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -52,15 +52,12 @@ def _serve_on_one_cluster(
     asked: Callable[[], bool],
 ) -> None:
     """Until asked to end, or until the trainer whose cluster it is has ended."""
-    import ray
-
     from rollcast.cluster import NAMESPACE
     from rollcast.live import app
 
     owner = owner_of(run)
     joined = not os.environ.get("RAY_ADDRESS") and bool(owner) and is_alive(owner)
-    _connect(str(owner["address"]) if joined else os.environ.get("RAY_ADDRESS"))
-    try:
+    with _connected(str(owner["address"]) if joined else os.environ.get("RAY_ADDRESS")):
         version = None
         if fixed is not None:
             model = config.model.model_copy(update={"path": str(fixed[0]), "chat_template": None})
@@ -78,28 +75,20 @@ def _serve_on_one_cluster(
                 report(f"the training of {run.path.name} has ended: its policy is served on from its folder")
                 return
         app.remove(spec)
-    finally:
-        ray.shutdown()
 
 
-def _connect(address: str | None) -> None:
+@contextmanager
+def _connected(address: str | None) -> Iterator[None]:
     """To the cluster at `address`; without one a cluster is started, which ends with this process."""
-    import ray
+    from rollcast.cluster import session
 
-    from rollcast.cluster import ENVIRONMENT, NAMESPACE
-
-    try:
-        ray.init(
-            address=address or "local",
-            namespace=NAMESPACE,
-            include_dashboard=None if address else False,
-            logging_level="ERROR",
-            log_to_driver=False,
-            runtime_env={"env_vars": ENVIRONMENT},
-        )
-    except ConnectionError as error:
-        fix = "Check the address, and that RAY_AUTH_TOKEN is that cluster's."
-        raise UsageError(f"The cluster {address} cannot be reached.", str(error), fix) from error
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(session(address or "local"))
+        except ConnectionError as error:
+            fix = "Check the address, and that RAY_AUTH_TOKEN is that cluster's."
+            raise UsageError(f"The cluster {address} cannot be reached.", str(error), fix) from error
+        yield
 
 
 def _require_devices(config: RunConfig) -> None:

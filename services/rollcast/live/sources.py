@@ -118,20 +118,10 @@ class Trainer:
 
     def _of_store(self, weights: Weights, store: Any) -> Published:
         async def pull(wanted: Weights) -> str:
-            from ray.exceptions import RayActorError
-
-            try:
-                folder: str = await store.pull(wanted, self.reader, READ_WITHIN_S)
-            except RayActorError as error:
-                raise WeightsRefused(f"version {wanted.version}: its store is gone") from error
+            folder: str = await store.pull(wanted, self.reader, READ_WITHIN_S)
             return folder
 
         async def done() -> None:
-            from ray.exceptions import RayActorError
-
-            try:
-                await store.release(weights.version, self.reader)
-            except RayActorError:  # It went with its trainer.
-                return
+            await store.release(weights.version, self.reader)
 
         return Published(weights, pull, done)

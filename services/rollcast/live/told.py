@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.responses import Response
@@ -105,9 +105,7 @@ class Question:
         drawing = self.drawing
         if drawing.seed is None or number == 0:
             return drawing
-        return Drawing(
-            drawing.temperature, drawing.max_new_tokens, drawing.top_p, drawing.seed + number, drawing.alternatives
-        )
+        return replace(drawing, seed=drawing.seed + number)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """(number of the answer, what it grew by), as they come. Closing it ends every answer."""
@@ -327,11 +325,6 @@ EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-contr
 def lost(error: EngineDied) -> ApiError:
     """503: the replica is about to be replaced."""
     return ApiError(503, f"the engine of this replica is lost, and another is started: {error}", None, "engine_lost", 5)
-
-
-def stream(question: Question, form: Form, wants_usage: bool) -> Response:
-    """The answers in chunks."""
-    return Events(question, form, wants_usage)
 
 
 async def while_there(work: Any, receive: Receive) -> bool:
