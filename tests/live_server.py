@@ -7,7 +7,6 @@ import asyncio
 import random
 import socket
 import threading
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import openai
 import uvicorn
 from safetensors.torch import load_file
 
+from rollcast import best
 from rollcast.chat import ChatCodec
 from rollcast.live.keys import Keys
 from rollcast.live.limits import Limits
@@ -25,7 +25,7 @@ from rollcast.live.routes import Fleet, LiveRoutes, Recorder, Served
 from rollcast.live.shelf import Shelf
 from rollcast.live.sources import RunFolder
 from rollcast.live.versions import Alias
-from rollcast.rundir import RunDir, write_atomic
+from rollcast.rundir import RunDir
 from rollcast.sampler import Sampler, ScriptedSampler
 from rollcast.weights import save_policy
 from rollcast_learners.arena import Arena, policy_specs
@@ -55,23 +55,14 @@ class Policies:
         """Writes `weights/vN`, and removes the one before."""
         segments, manifest = self._arena.write(version, self._tensors(model or self._model))
         weights = Weights("full", version, manifest, segments, "", str(self._arena.folder))
-        save_policy(weights, self._arena.folder, self.run.weights / f"v{version}")
-        for old in self.run.weights.glob("v*"):
-            if old.name != f"v{version}":
-                for file in old.iterdir():
-                    file.unlink()
-                old.rmdir()
+        save_policy(weights, self._arena.folder, self.run.published(version))
+        self.run.forget_published_but(version)
         return weights
 
     def found_best(self, weights: Weights, value: float) -> None:
         """Evaluation says that `weights` are the best so far."""
-        partial = self.run.best.with_name(".best.new")
-        save_policy(weights, self._arena.folder, partial)
-        said = f'{{"metric": "QA-v0/f1", "value": {value}, "step": 1, "policy_version": {weights.version}}}'
-        write_atomic(partial / "best.json", said)
-        if self.run.best.exists():
-            self.run.best.rename(self.run.weights / f".old-{weights.version}")
-        partial.rename(self.run.best)
+        said = {"metric": "QA-v0/f1", "value": value, "step": 1, "policy_version": weights.version}
+        best.keep(self.run, said, lambda folder: save_policy(weights, self._arena.folder, folder))
 
     def _tensors(self, model: str) -> dict[str, Any]:
         return load_file(Path(model) / "model.safetensors")
@@ -174,13 +165,6 @@ def said(codec: ChatCodec, text: str) -> Any:
         return codec.plain(text)
 
     return script
-
-
-def wait_for(condition: Any, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def expected(model: str, codec: ChatCodec, prompt: str, length: int) -> str:

@@ -1,18 +1,46 @@
-"""What holds of every run, whatever happened to it, read from its folder; and waiting for something to happen.
+"""What holds of every run, whatever happened to it, read from its folder; waiting for something to happen; and a run
+with a story beside it.
 
 Owns: the invariants that fault and fleet tests share. Does not know what was done to the run.
 """
 
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 
 from rollcast import metrics
+from rollcast.config import RunConfig
+from rollcast.plan import run_directory
+from rollcast.run import Run
 from rollcast.rundir import RunDir
+from rollcast.session import opened
+from rollcast.train import loop
 
 
-def wait_for(condition: Callable[[], object], seconds: float) -> None:
+def beside(config: RunConfig, story: Callable[[Run], None]) -> Run:
+    """Runs until `story`, which is told beside it, has come to its end; what it failed with is raised here."""
+    failures: list[BaseException] = []
+
+    def tell() -> None:
+        try:
+            story(run)
+        except BaseException as error:  # Raised in the test's own thread below.
+            failures.append(error)
+        run.stop.ask()
+
+    with opened(config, run_directory(config), "auto", Run) as run:
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        run.see_through(loop)
+        thread.join(30)
+    if failures:
+        raise failures[0]
+    return run
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

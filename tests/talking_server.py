@@ -19,7 +19,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from starlette.responses import StreamingResponse
 
-from rollcast.live.answers import END_OF_STREAM, ChatChunk, ChatChunkChoice, ChatDelta, event, spans
+from rollcast.live.answers import END_OF_STREAM, ChatChunk, ChatChunkChoice, ChatDelta, Span, event
 from rollcast.live.feedback import FeedbackReceipt, FeedbackRequest, ServedAnswer
 from rollcast.live.feedback_tables import sqlite_url
 from rollcast.live.feedback_writer import FeedbackWriter
@@ -86,7 +86,7 @@ def app_of(talker: Talker, keys: Keys | None) -> FastAPI:
                 return
             await writer.record([answer_of(name, asked, talker, request.state.key.id, versions)])
             choice = ChatChunkChoice(index=0, delta=ChatDelta(), finish_reason="stop")
-            last = spans([(span.version, span.start, span.end) for span in versions])
+            last = [Span(version=span.version, start=span.start, end=span.end, choice=0) for span in versions]
             yield event(ChatChunk(**told, policy_version=7, policy_versions=last, choices=[choice]))
             yield END_OF_STREAM
         except asyncio.CancelledError:

@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,9 +20,8 @@ from rollcast.config_file import load_config
 from rollcast.errors import RunFailed
 from rollcast.run import Run
 from rollcast.rundir import RunDir
-from rollcast.session import opened
-from rollcast.train import loop, train
-from run_checks import assert_nothing_lost, wait_for
+from rollcast.train import train
+from run_checks import assert_nothing_lost, beside, wait_for
 
 SCRIPTED = Path(__file__).resolve().parents[2] / "deploy" / "configs" / "scripted.toml"
 
@@ -34,25 +32,13 @@ def config_for(folder: Path, model: str, *overrides: str) -> RunConfig:
 
 def run_with(config: RunConfig, fault: Callable[[Run], None]) -> tuple[RunDir, int]:
     """Runs until `fault`, which strikes beside it once the first step is done, has seen enough. Returns the steps."""
-    folder = RunDir(Path(config.run.dir) / config.run.name)
-    failures: list[BaseException] = []
 
-    def strike() -> None:
-        try:
-            wait_for(lambda: run.step >= 1, 60)
-            fault(run)
-        except BaseException as error:  # Told in the test's own thread below.
-            failures.append(error)
-        run.stop.signal = signal.SIGTERM
+    def strike(run: Run) -> None:
+        wait_for(lambda: run.step >= 1, 60)
+        fault(run)
 
-    with opened(config, folder.path, "auto", Run) as run:
-        thread = threading.Thread(target=strike)
-        thread.start()
-        run.see_through(loop)
-        thread.join(10)
-    if failures:
-        raise failures[0]
-    return folder, run.step
+    run = beside(config, strike)
+    return run.folder, run.step
 
 
 @pytest.mark.ray

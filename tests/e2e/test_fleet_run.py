@@ -4,8 +4,6 @@ For the autoscaler workers sleep, so that there are cores enough, and the learne
 """
 
 import json
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,10 @@ import pytest
 import ray
 
 from rollcast import metrics
-from rollcast.config import RunConfig
 from rollcast.config_file import load_config
 from rollcast.control import find
 from rollcast.run import Run
-from rollcast.rundir import RunDir
-from rollcast.session import opened
-from rollcast.train import loop
-from run_checks import assert_nothing_lost, wait_for
+from run_checks import assert_nothing_lost, beside, wait_for
 
 SCRIPTED = Path(__file__).resolve().parents[2] / "deploy" / "configs" / "scripted.toml"
 ONE_GROUP_AT_A_TIME = ("--rollout.group_size=4", "--rollout.concurrency=4")
@@ -30,28 +24,6 @@ def idle_share(rows: list[dict[str, Any]]) -> float:
     """Of the time between the first and the last row, what the learner waited for rollouts."""
     waited = sum(row.get("time/wait_for_rollouts_s", 0.0) for row in rows[1:])
     return float(waited / (rows[-1]["time"] - rows[0]["time"]))
-
-
-def beside(config: RunConfig, story: Callable[[Run], None]) -> RunDir:
-    """Runs until `story`, which is told beside it, has come to its end."""
-    folder = RunDir(Path(config.run.dir) / config.run.name)
-    failures: list[BaseException] = []
-
-    def tell() -> None:
-        try:
-            story(run)
-        except BaseException as error:  # Told in the test's own thread below.
-            failures.append(error)
-        run.stop.ask()
-
-    with opened(config, folder.path, "auto", Run) as run:
-        thread = threading.Thread(target=tell)
-        thread.start()
-        run.see_through(loop)
-        thread.join(10)
-    if failures:
-        raise failures[0]
-    return folder
 
 
 @pytest.mark.soak

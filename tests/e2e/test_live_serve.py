@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -25,8 +25,7 @@ from rollcast.config_file import load_config
 from rollcast.live import app
 from rollcast.run import Run
 from rollcast.rundir import RunDir
-from rollcast.session import opened
-from rollcast.train import loop
+from run_checks import beside, wait_for
 from tiny_model import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,13 +41,6 @@ GENEROUS = (
 def config_for(folder: Path, model: str, port: int, *overrides: str) -> RunConfig:
     shared = (f"--model.path={model}", f"--run.dir={folder}", f"--serve.port={port}", "--serve.cpus_per_replica=0")
     return load_config(SCRIPTED, [*shared, *GENEROUS, "--eval.every=0", *overrides])
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def is_up(url: str) -> bool:
@@ -214,37 +206,24 @@ def test_a_run_is_served_while_it_trains_and_afterwards(tmp_path: Path, tiny_fp3
     app.remove(live.spec)
     endless = ("--run.name=trained", "--run.steps=100000", "--serve.enabled=true", "--checkpoint.every=1000")
     config = config_for(tmp_path, tiny_fp32, port, *endless)
-    folder = RunDir(tmp_path / "trained")
+    url = f"http://127.0.0.1:{port}"
     seen: list[int] = []
-    failures: list[BaseException] = []
 
-    def watch() -> None:
-        try:
-            url = f"http://127.0.0.1:{port}"
-            client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
-            wait_for(lambda: is_up(url), 60)
-            first = httpx.get(f"{url}/v1/policy").json()["policy_version"]
-            wait_for(lambda: httpx.get(f"{url}/v1/policy").json()["policy_version"] >= first + 3, 60)
-            answer = client.chat.completions.create(model="policy", messages=ASK)
-            seen.append(int((answer.model_extra or {})["policy_version"]))
-            fleet = httpx.get(f"{url}/v1/fleet").json()
-            assert fleet["policy_version"] >= seen[0] >= first + 3
-            assert httpx.put(f"{url}/v1/fleet", json={"workers": -1}).status_code == 400
-            assert httpx.put(f"{url}/v1/fleet", json={"workers": 1}).json()["workers"] == 1
-        except BaseException as error:
-            failures.append(error)
-        run.stop.signal = signal.SIGTERM
+    def watch(_: Run) -> None:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        wait_for(lambda: is_up(url), 60)
+        first = httpx.get(f"{url}/v1/policy").json()["policy_version"]
+        wait_for(lambda: httpx.get(f"{url}/v1/policy").json()["policy_version"] >= first + 3, 60)
+        answer = client.chat.completions.create(model="policy", messages=ASK)
+        seen.append(int((answer.model_extra or {})["policy_version"]))
+        fleet = httpx.get(f"{url}/v1/fleet").json()
+        assert fleet["policy_version"] >= seen[0] >= first + 3
+        assert httpx.put(f"{url}/v1/fleet", json={"workers": -1}).status_code == 400
+        assert httpx.put(f"{url}/v1/fleet", json={"workers": 1}).json()["workers"] == 1
 
-    with opened(config, folder.path, "auto", Run) as run:
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        run.see_through(loop)
-        thread.join(30)
-    if failures:
-        raise failures[0]
+    folder = beside(config, watch).folder
     assert not list(folder.weights.glob(f"v{seen[0]}")), "that one was never on the disk"
     last = max(int(path.name[1:]) for path in folder.weights.glob("v*"))
-    url = f"http://127.0.0.1:{port}"
     wait_for(lambda: httpx.get(f"{url}/v1/policy").json()["policy_version"] == last, 30)
     assert httpx.get(f"{url}/v1/fleet").status_code == 409, "there is no trainer any more"
     app.remove(app.spec_of(config, folder.path, ""))

@@ -333,6 +333,7 @@ def test_the_writer_prunes_by_itself(tmp_path: Path) -> None:
         await writer.record([fresh(f"answer-{n}", text="x" * 200_000) for n in range(8)])
         await until(lambda: writer.pruned > 0)
         await writer.close()
+        assert 0 < writer.pruned < 8, "the newest stay"
 
     asyncio.run(story())
 

@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from live_server import ASK, Policies, Server, client_of, expected, generous, running, said, scripted, wait_for
+from live_server import ASK, Policies, Server, client_of, expected, generous, running, said, scripted
 from rollcast.chat import ChatCodec
 from rollcast.errors import UsageError
 from rollcast.live.feedback import FeedbackReceipt, FeedbackRequest
@@ -23,6 +23,7 @@ from rollcast.live.protocol import ChatRequest, CompletionRequest
 from rollcast.rundir import RunDir
 from rollcast.sampler import Sampler
 from rollcast.torch_sampler import TorchSampler
+from run_checks import wait_for
 from tiny_model import write_tiny_model
 
 

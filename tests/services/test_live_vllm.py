@@ -8,10 +8,11 @@ import httpx
 import openai
 import pytest
 
-from live_server import ASK, Policies, Server, client_of, expected, running, wait_for
+from live_server import ASK, Policies, Server, client_of, expected, running
 from rollcast.chat import ChatCodec
 from rollcast.rundir import RunDir
 from rollcast.sampler import Sampler
+from run_checks import wait_for
 from tiny_model import write_tiny_model
 
 if TYPE_CHECKING:

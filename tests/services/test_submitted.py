@@ -27,6 +27,8 @@ def packages(folder: Path, text: str = "VERSION = 1\n") -> dict[str, Path]:
 def test_outside_of_a_job_any_code_may_run(tmp_path: Path) -> None:
     shipped, installed = packages(tmp_path / "shipped"), packages(tmp_path / "installed")
     refuse_other_code(installed, tmp_path / "shipped", {CODE: digest_of(shipped)})
+    with pytest.raises(UsageError, match="is not the one that was shipped"):
+        refuse_other_code(installed, tmp_path / "shipped", {JOB: "{}"})
 
 
 def test_a_wheel_of_the_image_is_refused_beside_shipped_folders(tmp_path: Path) -> None:
@@ -40,7 +42,11 @@ def test_a_wheel_of_the_image_is_refused_beside_shipped_folders(tmp_path: Path) 
 
 
 def test_nothing_is_refused_where_nothing_was_shipped(tmp_path: Path) -> None:
-    refuse_other_code(packages(tmp_path / "image"), tmp_path, {JOB: "{}"})
+    image = packages(tmp_path / "image")
+    refuse_other_code(image, tmp_path, {JOB: "{}"})
+    packages(tmp_path)
+    with pytest.raises(UsageError, match="is not the one that was shipped"):
+        refuse_other_code(image, tmp_path, {JOB: "{}"})
 
 
 def test_shipped_code_is_known_by_its_digest(tmp_path: Path) -> None:
