@@ -93,7 +93,7 @@ class Server:
         context: int = 512,
     ) -> None:
         self.replica = Replica(codec, start_engine, RunFolder(run, look_every_s=0.02), Shelf(run), 0.08)
-        self._made = (LiveRoutes(self.replica, Served(run.path.name, context, 500), fleet, recorder), keys, limits)
+        self._made = (LiveRoutes(self.replica, Served(run, context, 500), fleet, recorder), keys, limits)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.loop = asyncio.new_event_loop()

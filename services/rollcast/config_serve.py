@@ -4,7 +4,7 @@ Owns: its keys and their bounds, and which of them contradict each other. Does n
 """
 
 import ipaddress
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,11 @@ class ServeSection(Section):
     """Port to listen on."""
     keys_file: str | None = None
     """File of API keys; without one anybody on this machine may ask, and nobody else."""
+    mode: Literal["own", "shared"] = "own"
+    """Whose engines answer: those of the replicas (own), or those of the rollout workers while the run trains, for
+    machines without room for one more (shared)."""
+    slots: AtLeastOne = 8
+    """Answers that each rollout worker's engine has room for beside its rollouts, if serve.mode is shared."""
     min_replicas: AtLeastOne = 1
     """Replicas that are always there, each with an engine of its own."""
     max_replicas: AtLeastOne | None = None
@@ -56,6 +61,16 @@ class ServeSection(Section):
         return self.min_replicas if self.max_replicas is None else self.max_replicas
 
     @property
+    def reserved(self) -> int:
+        """Answers that a rollout worker's engine keeps room for."""
+        return self.slots if self.mode == "shared" else 0
+
+    @property
+    def slots_of_replica(self) -> int:
+        """The part of them that each replica may use."""
+        return max(1, self.slots // self.most_replicas)
+
+    @property
     def limits_of_replica(self) -> Limits:
         """A key's limits are shared out among the replicas that are always there; turns are each replica's own."""
         shared = self.limits.shared_by(self.min_replicas)
@@ -66,6 +81,12 @@ class ServeSection(Section):
         if self.most_replicas < self.min_replicas:
             why = f"it is less than serve.min_replicas = {self.min_replicas}"
             raise refusal("serve.max_replicas", why, "raise it, or lower serve.min_replicas")
+        if self.mode == "shared" and self.gpus_per_replica:
+            why = "with serve.mode = 'shared' replicas have no engine: the rollout workers' answer"
+            raise refusal("serve.gpus_per_replica", why, "leave it out")
+        if self.mode == "shared" and self.canary:
+            why = "with serve.mode = 'shared' the newest policy alone is resident, and nothing is shared out"
+            raise refusal("serve.canary", why, "leave it out")
         if self.keys_file is None and not self.loopback:
             why = f"serve.host = {self.host!r} can be reached from other machines, and everybody there could ask"
             fix = "make a key with `rollcast keys add NAME --file KEYS`, and name the file here"

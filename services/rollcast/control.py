@@ -1,4 +1,4 @@
-"""The control of a run: what was asked of it from elsewhere, its last status, and its newest policy.
+"""The control of a run: what was asked of it from elsewhere, its last status, who plays, and its newest policy.
 
 Owns: wishes and whether they can be, the name by which a run is found on its cluster, and that a name means one run.
 Does not know how a wish is fulfilled, nor who asks.
@@ -10,7 +10,7 @@ the trainer: when the trainer dies, Ray ends it, and the name is free again.
 import asyncio
 import contextlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -43,6 +43,15 @@ class Wishes:
     stop: bool = False
 
 
+@dataclass(frozen=True)
+class Member:
+    """A rollout worker that holds a policy. Trainer -> control -> live policy."""
+
+    worker: int
+    version: int
+    actor: Any = field(compare=False, repr=False)
+
+
 class Control:
     """Hears the trainer and whoever asks. All methods are coroutines of one event loop."""
 
@@ -53,6 +62,8 @@ class Control:
         self._status: dict[str, Any] = {}
         self._heard = time.monotonic()
         self._policy: tuple[Weights, StoreHandle] | None = None
+        self._crew: tuple[Member, ...] = ()
+        self._shown = 0
         self._newer = asyncio.Condition()
 
     async def owner(self) -> str:
@@ -92,6 +103,19 @@ class Control:
                 await self._newer.wait_for(lambda: self._policy is not None and self._policy[0].version > above)
                 return self._policy
         return None
+
+    async def show(self, crew: tuple[Member, ...]) -> None:
+        """The trainer tells who plays."""
+        async with self._newer:
+            self._crew, self._shown = crew, self._shown + 1
+            self._newer.notify_all()
+
+    async def crew(self, seen: int, wait_s: float) -> tuple[int, tuple[Member, ...]]:
+        """Who plays, and how often that has changed; waits up to `wait_s` seconds for more than `seen` changes."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s), self._newer:
+                await self._newer.wait_for(lambda: self._shown > seen)
+        return self._shown, self._crew
 
     def _refuse_impossible(self, name: str, value: object) -> None:
         known = {"workers": "a whole number", "paused": "true or false", "stop": "true"}
@@ -173,6 +197,7 @@ class Line:
         self.owner = owner
         self.wishes = Wishes()
         self._policy: tuple[Weights, StoreHandle] | None = None
+        self._crew: tuple[Member, ...] = ()
         self._pending: Any = None
         self._said = 0.0
         self._actor = self._take_name(time.monotonic() + name_frees_s)
@@ -190,6 +215,12 @@ class Line:
         self._policy = weights, store
         self._actor.announce.remote(weights, store)
 
+    def show(self, crew: tuple[Member, ...]) -> None:
+        """Tells who plays, if that has changed."""
+        if crew != self._crew:
+            self._crew = crew
+            self._actor.show.remote(crew)
+
     def close(self) -> None:
         ray.kill(self._actor)
 
@@ -200,6 +231,7 @@ class Line:
         except RayActorError:  # Its process or its node is gone: another one, which knows what this one knew.
             with contextlib.suppress(ValueError):  # The name is free a moment later.
                 self._actor = self._create()
+                self._actor.show.remote(self._crew)
                 if self._policy is not None:
                     self.announce(*self._policy)
 

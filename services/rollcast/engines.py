@@ -19,12 +19,14 @@ async def start_engine(
     *,
     concurrency: int,
     threads: int,
+    reserved: int = 0,
     version: int = -1,
     seconds_per_token: float = 0.0,
 ) -> Sampler:
     """The run's engine on the model of `model.path`, which counts as policy `version`: -1 is none yet.
 
-    `record` is where a vLLM engine notes down what would be left of it. `seconds_per_token` slows the script.
+    `concurrency` and `reserved` are the rollouts and the streamed answers that a vLLM engine runs at once; `record` is
+    where it notes down what would be left of it. `seconds_per_token` slows the script.
     """
     rollout, path = config.rollout, config.model.path
     if rollout.engine == "scripted":
@@ -50,6 +52,7 @@ async def start_engine(
         dtype=dtype,
         max_model_len=rollout.max_model_len,
         concurrency=concurrency,
+        reserved=reserved,
         tensor_parallel=rollout.tensor_parallel,
         threads=threads,
         structured=config.eval.restrict_answers,

@@ -22,6 +22,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
 from rollcast.buffer import PlayedGroup
+from rollcast.control import Member
 from rollcast.departures import Departures
 from rollcast.errors import RunFailed
 from rollcast.intake import Loaded
@@ -138,6 +139,11 @@ class Fleet:
     def ready(self) -> int:
         """Workers that can be given work."""
         return sum(state.takes_work for state in self._states.values())
+
+    def crew(self) -> tuple[Member, ...]:
+        """Those workers, with the policy that each holds and a handle to ask it."""
+        actors = self.manager.actors()
+        return tuple(Member(w, state.version, actors[w]) for w, state in self._states.items() if state.takes_work)
 
     def draining(self) -> int:
         return len(self._draining())

@@ -10,12 +10,13 @@ log-probabilities, raises `EngineDied`.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 
 import numpy as np
 
-from rollcast.sampler import EngineDied, Sampler
+from rollcast.sampler import Delta, Drawing, EngineDied, Sampler
 from rollcast_learners.types import Probe, Weights
 
 Pull = Callable[[Weights], Awaitable[str]]
@@ -65,6 +66,14 @@ class Intake:
         """Waits until the engine holds `version` or a newer one, or that one was refused."""
         async with self._newer:
             await self._newer.wait_for(lambda: max(self.version, self._refused) >= version)
+
+    async def stream(self, token_ids: Sequence[int], drawing: Drawing, request_id: str) -> AsyncIterator[Delta]:
+        """A served answer as it grows, under a policy that is trusted: see `Sampler.stream`."""
+        await self.trusted.wait()
+        async with aclosing(self.sampler.stream(token_ids, drawing, request_id)) as deltas:  # type: ignore[type-var]
+            async for delta in deltas:
+                await self.trusted.wait()
+                yield delta
 
     async def load(self, weights: Weights, pull: Pull, backwards: bool = False) -> Loaded:
         """Takes in a published policy while answers are in flight; an older one only if asked to go `backwards`."""

@@ -146,7 +146,8 @@ def processes_of(config: RunConfig) -> tuple[Process, ...]:
     )
     serve = config.serve
     if serve.enabled:
-        does = f"the live policy on port {serve.port}, {engine}"
+        whose = engine if serve.mode == "own" else "the workers' engines"
+        does = f"the live policy on port {serve.port}, {whose}"
         group.append(Process("replica", serve.min_replicas, serve.cpus_per_replica, serve.gpus_per_replica, does))
     trainer = "the loop, ledger, versions, checkpoints"
     trainer += "" if learner.num_learners else f"; learns itself ({learns})"
@@ -389,7 +390,14 @@ def _worker_needs(config: RunConfig, size: ModelSize) -> Iterator[Need]:
     processes = 2 if rollout.engine == "vllm" else 1
     if rollout.engine != "scripted":
         yield Need("workers: engine weights", place, rollout.first_workers * _compute_bytes(config) * size.parameters)
-        cache = rollout.concurrency * rollout.max_model_len * 2 * size.layers * size.keys * _compute_bytes(config)
+        cache = (
+            (rollout.concurrency + config.serve.reserved)
+            * rollout.max_model_len
+            * 2
+            * size.layers
+            * size.keys
+            * _compute_bytes(config)
+        )
         yield Need("workers: KV cache, all answers full", place, rollout.first_workers * cache)
     yield Need("workers: Python and libraries", "memory", rollout.first_workers * processes * PROCESS_BYTES, about=True)
 

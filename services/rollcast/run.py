@@ -113,7 +113,7 @@ class Run(Session):
                 self._gather("rollout workers to start")
                 self._refuse_to_wait_beyond(deadline)
         if config.serve.enabled:
-            serve_alongside(config, self.folder, self.progress.say)
+            self._closers.callback(serve_alongside(config, self.folder, self.progress.say))
 
     def _refuse_to_wait_beyond(self, deadline: float) -> None:
         if time.monotonic() > deadline:
@@ -437,6 +437,7 @@ class Run(Session):
                 self._announce_to_replicas()
         facts: dict[str, object] = {"step": self.step, "most_workers": self._most}
         if self._fleet_started:
+            self.line.show(self.fleet.crew())
             facts |= {
                 "version": self.weights.version,
                 "workers": self.fleet.ready(),

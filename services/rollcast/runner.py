@@ -11,7 +11,8 @@ import asyncio
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -26,7 +27,7 @@ from rollcast.engine_traces import engine_record, sweep_dead
 from rollcast.engines import start_engine
 from rollcast.episode import EpisodeLimits
 from rollcast.intake import Loaded
-from rollcast.sampler import EngineDied, Sampler
+from rollcast.sampler import Delta, Drawing, EngineDied, Sampler
 from rollcast.weights import StoreHandle
 from rollcast.worker import Occupation, RolloutWorker
 from rollcast_learners.types import Prompt, Sampling, Trajectory, Weights
@@ -98,6 +99,13 @@ class RolloutRunner(EnvRunner):
         except EngineDied as error:
             self._exit(error)
 
+    async def answer(self, token_ids: Sequence[int], drawing: Drawing, request_id: str) -> AsyncIterator[Delta]:
+        """An answer of the live policy as it grows. No rollout: it is in no figure of the run."""
+        deltas = self._started.intake.stream(token_ids, drawing, request_id)
+        async with aclosing(deltas):  # type: ignore[type-var]
+            async for delta in deltas:
+                yield delta
+
     async def load(self, weights: Weights, store: StoreHandle) -> Loaded:
         """Takes in an announced policy: see `RolloutWorker.load`. `store` knows the nodes that joined since."""
         self.store = store
@@ -154,7 +162,8 @@ class RolloutRunner(EnvRunner):
         sweep_dead(folder)
         rollout, record = self.spec.config.rollout, folder / engine_record(self.name)
         size = {"concurrency": rollout.concurrency, "threads": rollout.cpus_per_worker}
-        return await start_engine(self.spec.config, self.spec.dtype, codec, record, **size)
+        reserved = self.spec.config.serve.reserved
+        return await start_engine(self.spec.config, self.spec.dtype, codec, record, reserved=reserved, **size)
 
     async def _exit_with_engine(self) -> None:
         while await self._started.alive():

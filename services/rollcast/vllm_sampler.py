@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, nullcontext
 from itertools import count
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -73,6 +73,7 @@ class VllmSampler:
         context: int,
         stops: Sequence[int],
         seeded: bool,
+        places: int | None,
         record: Path | None,
     ) -> None:
         self.version = version
@@ -82,6 +83,7 @@ class VllmSampler:
         self._context = context
         self._stops = list(stops)
         self._seeded = seeded
+        self._places: AbstractAsyncContextManager[object] = asyncio.Semaphore(places) if places else nullcontext()
         self._record = record
         self._described_adapter: str | None = None
         self._adapter: LoRARequest | None = None
@@ -100,6 +102,7 @@ class VllmSampler:
         dtype: str = "bfloat16",
         max_model_len: int = 2048,
         concurrency: int = 64,
+        reserved: int = 0,
         tensor_parallel: int = 1,
         threads: int | None = None,
         kv_cache_gib: float = 1.0,
@@ -111,12 +114,13 @@ class VllmSampler:
     ) -> "VllmSampler":
         """Starts an engine on the Hugging Face folder `model_path`, whose weights are policy `version`.
 
-        `threads` and `kv_cache_gib` are for the CPU backend. `seeded` draws each answer from a seed made of its request
-        id. `structured` lets samplings restrict their answers to `choices`. `engine_args` replace any of vLLM's.
-        `record` names the file that lists the engine's processes and shared memory for `sweep`; what an earlier engine
-        recorded there is swept first.
+        `concurrency` sequences run at once; `reserved` more are for streams alone, which thus never queue behind
+        samples. `threads` and `kv_cache_gib` are for the CPU backend. `seeded` draws each answer from a seed made of
+        its request id. `structured` lets samplings restrict their answers to `choices`. `engine_args` replace any of
+        vLLM's. `record` names the file that lists the engine's processes and shared memory for `sweep`; what an earlier
+        engine recorded there is swept first.
         """
-        arguments = _arguments(model_path, dtype, max_model_len, concurrency, tensor_parallel, kv_cache_gib)
+        arguments = _arguments(model_path, dtype, max_model_len, concurrency + reserved, tensor_parallel, kv_cache_gib)
         if adapter is not None:
             arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank_for(adapter.rank)}
         if structured:  # Grammars are compiled against the engine's own tokenizer.
@@ -128,7 +132,17 @@ class VllmSampler:
         with _environment(threads or len(os.sched_getaffinity(0)), sockets):
             engine, cores, traces = await _start_engine(AsyncEngineArgs(**arguments), sockets, record)
         stops = stop_token_ids(model_path)
-        sampler = cls(engine, version, cores, traces, context=max_model_len, stops=stops, seeded=seeded, record=record)
+        sampler = cls(
+            engine,
+            version,
+            cores,
+            traces,
+            context=max_model_len,
+            stops=stops,
+            seeded=seeded,
+            places=concurrency if reserved else None,
+            record=record,
+        )
         if adapter is not None:
             sampler._described_adapter = adapters.describe(adapter)
         await sampler._introduce()
@@ -137,7 +151,6 @@ class VllmSampler:
     async def sample(self, token_ids: Sequence[int], sampling: Sampling, request_id: str) -> Completion:
         """Continues `token_ids`. The prompt's KV is shared with others of the same policy version."""
         self._check_room(token_ids)
-        await self._open.wait()
         params = SamplingParams(
             temperature=sampling.temperature,
             max_tokens=sampling.max_new_tokens,
@@ -148,7 +161,9 @@ class VllmSampler:
             output_kind=RequestOutputKind.FINAL_ONLY,
             structured_outputs=StructuredOutputsParams(choice=list(sampling.choices)) if sampling.choices else None,
         )
-        output = await self._ask(token_ids, params, request_id, salt=f"policy {self.version}")
+        async with self._places:
+            await self._open.wait()
+            output = await self._ask(token_ids, params, request_id, salt=f"policy {self.version}")
         return _completion(output.outputs[0])
 
     async def stream(self, token_ids: Sequence[int], drawing: Drawing, request_id: str) -> AsyncIterator[Delta]:

@@ -17,15 +17,18 @@ import httpx
 import openai
 import psutil
 import pytest
+import ray
 from ray.exceptions import RayActorError
 
 from live_server import Policies, free_port
+from rollcast import metrics
 from rollcast.config import RunConfig
 from rollcast.config_file import load_config
+from rollcast.control import find
 from rollcast.live import app
 from rollcast.run import Run
 from rollcast.rundir import RunDir
-from run_checks import beside, wait_for
+from run_checks import assert_nothing_lost, beside, wait_for
 from tiny_model import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -227,6 +230,52 @@ def test_a_run_is_served_while_it_trains_and_afterwards(tmp_path: Path, tiny_fp3
     wait_for(lambda: httpx.get(f"{url}/v1/policy").json()["policy_version"] == last, 30)
     assert httpx.get(f"{url}/v1/fleet").status_code == 409, "there is no trainer any more"
     app.remove(app.spec_of(config, folder.path, ""))
+
+
+@pytest.mark.ray
+def test_rollout_workers_answer_and_one_of_them_dies(tmp_path: Path, tiny_fp32: str, live: Live, port: int) -> None:
+    """`serve.mode = "shared"`: no engine but theirs. What they answer is in no figure of the run."""
+    app.remove(live.spec)
+    shared = ("--serve.enabled=true", "--serve.mode=shared", "--rollout.engine=torch", "--rollout.workers=2")
+    endless = ("--run.name=shared", "--run.steps=100000", "--checkpoint.every=1000")
+    config = config_for(tmp_path, tiny_fp32, port, *shared, *endless)
+    url = f"http://127.0.0.1:{port}"
+    asked: dict[str, Any] = {"model": "policy", "prompt": "The town", "max_tokens": 200, "temperature": 0}
+
+    def told(started: threading.Barrier, answers: list[list[dict[str, int]]]) -> None:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        chunks = iter(client.completions.create(**asked, stream=True))
+        assert next(chunks).choices[0].text
+        started.wait(60)
+        answers.append((list(chunks)[-1].model_extra or {})["policy_versions"])
+
+    def watch(run: Run) -> None:
+        wait_for(lambda: is_up(url) and run.fleet.ready() == 2, 60)
+        first = httpx.get(f"{url}/v1/policy").json()["policy_version"]
+        wait_for(lambda: httpx.get(f"{url}/v1/policy").json()["policy_version"] >= first + 2, 60)
+        assert httpx.post(f"{url}/v1/policy/promote", json={}).status_code == 409, "the newest alone is resident"
+        ray.get(find("shared").ask.remote(paused=True))
+        wait_for(lambda: run.paused and len({member.version for member in run.fleet.crew()}) == 1, 30)
+        started, answers = threading.Barrier(3), []
+        readers = [threading.Thread(target=told, args=(started, answers)) for _ in range(2)]
+        for reader in readers:
+            reader.start()
+        started.wait(60)
+        ray.get(find("shared").ask.remote(paused=False))
+        victim = min(run.fleet.pids().values())
+        os.kill(victim, signal.SIGKILL)
+        for reader in readers:
+            reader.join(60)
+        wait_for(lambda: run.fleet.restarts == 1 and not psutil.pid_exists(victim))
+        assert len(answers) == 2, "each worker had one of them, and both came to their ends"
+        for spans in answers:
+            assert spans[0]["start"] == 0 and spans[-1]["end"] == 200
+            assert all(a["end"] == b["start"] and a["version"] < b["version"] for a, b in pairwise(spans))
+
+    run = beside(config, watch)
+    rows = metrics.read(run.folder.metrics)
+    assert_nothing_lost(run.folder, rows[-1]["step"], 2)
+    wait_for(lambda: not is_up(url), 20)
 
 
 @pytest.mark.soak

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rollcast.sampler import EngineDied
+from rollcast.sampler import Drawing, EngineDied
 from rollcast_learners.arena import Arena, policy_specs
 from rollcast_learners.types import Completion, Sampling, Weights
 from tiny_model import write_tiny_model
@@ -117,7 +117,7 @@ def start(policies: Policies, seed: int, **settings: Any) -> Coroutine[Any, Any,
         warnings.simplefilter("ignore")  # vLLM's own, at import
         from rollcast.vllm_sampler import VllmSampler
     return VllmSampler.start(
-        str(policies.folder(seed)), 0, max_model_len=CONTEXT, concurrency=16, threads=1, **settings
+        str(policies.folder(seed)), 0, max_model_len=CONTEXT, concurrency=16, reserved=4, threads=1, **settings
     )
 
 
@@ -211,6 +211,23 @@ def test_answers_end_with_the_end_token_or_by_length(engine: "VllmSampler", run:
         last = len(completion.token_ids_T) - 1
         assert ends == ([last] if completion.finish_reason == "stop" else [])
         assert last == 399 or completion.finish_reason == "stop"
+
+
+def test_a_served_answer_does_not_queue_behind_samples(engine: "VllmSampler", run: Run[Any]) -> None:
+    async def served() -> int:
+        """How many of the samples asked before it were through when its first token came."""
+        sampling = Sampling(temperature=1.0, max_new_tokens=100)
+        rollouts = [asyncio.ensure_future(engine.sample(SHORT, sampling, f"rollout-{i}")) for i in range(48)]
+        await asyncio.sleep(0)
+        first = None
+        async for _ in engine.stream(SHORT, Drawing(1.0, 100), "served"):
+            first = sum(rollout.done() for rollout in rollouts) if first is None else first
+        assert not all(rollout.done() for rollout in rollouts)
+        await asyncio.gather(*rollouts)
+        assert first is not None
+        return first
+
+    assert run(served()) < 16, "in their queue it would have come after 29"
 
 
 def test_answers_can_be_restricted_to_choices(engine: "VllmSampler", policies: Policies, run: Run[Any]) -> None:

@@ -29,8 +29,9 @@ from rollcast.live.feedback_tables import database_of, open_to_write
 from rollcast.live.keys import KeysFile
 from rollcast.live.replica import Replica
 from rollcast.live.routes import LiveRoutes, Served
+from rollcast.live.shared import Crew
 from rollcast.live.shelf import Shelf
-from rollcast.live.sources import Trainer
+from rollcast.live.sources import RunControl, Trainer
 from rollcast.live.versions import Alias
 from rollcast.rundir import RunDir
 from rollcast.sampler import EngineDied, Sampler
@@ -76,11 +77,7 @@ class LivePolicy:
         sweep_abandoned()
         self._folder = self._held.enter_context(owned_folder("live"))
         self.codec = ChatCodec.of(spec.config.model)
-        run = RunDir(spec.run)
-        follows = spec.version is None
-        source = Trainer(run, spec.namespace, f"live-{os.getpid()}") if follows else None
-        shelf = Shelf(run, spec.config.serve.canary) if follows and spec.config.serve.keep_best else None
-        self.replica = Replica(self.codec, self._engine, source, shelf, spec.config.weights.probe_max_gap)
+        self.replica = self._replica(spec)
         self.desk = await asyncio.to_thread(_desk, spec)
         try:
             await self.replica.start()
@@ -90,7 +87,7 @@ class LivePolicy:
 
     def __serve_build_asgi_app__(self) -> Any:
         config = self.spec.config
-        served = Served(self.spec.run.name, config.rollout.max_model_len, config.serve.max_new_tokens)
+        served = Served(RunDir(self.spec.run), config.rollout.max_model_len, config.serve.max_new_tokens)
         fleet = RunFleet(self.spec.run.name, self.spec.namespace)
         keys = None if config.serve.keys_file is None else KeysFile(config.serve.keys_file)
         return LiveRoutes(self.replica, served, fleet, self.desk).app(keys, config.serve.limits_of_replica)
@@ -101,6 +98,16 @@ class LivePolicy:
 
     async def pid(self) -> int:
         return os.getpid()
+
+    def _replica(self, spec: LiveSpec) -> Replica:
+        serving, gap = spec.config.serve, spec.config.weights.probe_max_gap
+        run, control = RunDir(spec.run), RunControl(spec.run.name, spec.namespace)
+        if serving.mode == "shared":
+            return Replica(self.codec, self._engine, None, None, gap, Crew(control, serving.slots_of_replica))
+        follows = spec.version is None
+        source = Trainer(run, control, f"live-{os.getpid()}") if follows else None
+        shelf = Shelf(run, serving.canary) if follows and serving.keep_best else None
+        return Replica(self.codec, self._engine, source, shelf, gap)
 
     async def _engine(self, alias: Alias) -> Sampler:
         config = self.spec.config

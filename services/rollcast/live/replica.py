@@ -5,6 +5,7 @@ last. A plain class; `app.py` makes Ray Serve run several. Does not know HTTP, k
 
 The best policy has an engine of its own, started when there is one: the engine of the newest goes on to the next
 version, and a best one must stay. What is sampled while an update is unproved leaves only once its probe has passed.
+Where rollout workers answer (`shared.py`) there is no engine here, and the newest policy alone is resident.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 
 from rollcast.chat import ChatCodec
 from rollcast.intake import Intake, WeightsRefused
+from rollcast.live.shared import Crew
 from rollcast.live.shelf import Shelf
 from rollcast.live.sources import Published, Source, pull_from_folder
 from rollcast.live.texts import GrowingText
@@ -66,8 +68,12 @@ class Replica:
         source: Source | None,
         shelf: Shelf | None,
         probe_max_gap: float,
+        crew: Crew | None = None,
     ) -> None:
-        """Without a `source` the policy is what the engine started from; without a `shelf` none is the best one."""
+        """Without a `source` the policy is what the engine started from; without a `shelf` none is the best one.
+
+        With a `crew` that answers, no engine is started; it is followed, and nothing else.
+        """
         self.codec = codec
         self.source = source
         self.shelf = shelf
@@ -76,6 +82,7 @@ class Replica:
         self.loaded_at = time.time()
         self._start_engine = start_engine
         self._max_gap = probe_max_gap
+        self._crew = crew
         self._engines: dict[Alias, Intake] = {}
         self._newest: Published | None = None
         self._choosing = asyncio.Lock()
@@ -85,6 +92,8 @@ class Replica:
 
     async def start(self) -> None:
         """Starts an engine and takes in the newest policy; returns once both are there."""
+        if self._crew is not None:
+            return await self._crew.join()
         engine = await self._start("latest")
         if self.source is None:
             engine.trusted.set()
@@ -96,6 +105,8 @@ class Replica:
     async def follow(self) -> None:
         """Goes on taking in what is published and what is chosen. Raises `EngineDied` when an engine is lost."""
         async with asyncio.TaskGroup() as tasks:
+            if self._crew is not None:
+                tasks.create_task(self._crew.follow(self._renewed))
             if self.source is not None:
                 tasks.create_task(self._follow_newest())
             if self.shelf is not None:
@@ -119,11 +130,15 @@ class Replica:
     @property
     def resident(self) -> dict[str, int]:
         """Version by name: `latest`, `best` where there is one, `candidate` where the two differ."""
-        latest = self._engines["latest"].version
+        latest = self._latest
         best = self._engines.get("best")
         if best is not None and best.trusted.is_set():
             return aliases(latest, best.version)
         return aliases(latest, latest if self.releases.best == latest else None)
+
+    @property
+    def _latest(self) -> int:
+        return self._engines["latest"].version if self._crew is None else self._crew.version
 
     def engine_for(self, asked: str, draw: float) -> Alias:
         """Which engine answers to a resident alias or version; `draw`, uniform in [0, 1), decides about the canary."""
@@ -223,9 +238,13 @@ class Replica:
             self.counts.refusals.append(loaded.refused)
             del self.counts.refusals[:-10]
         else:
-            self.counts.loads += 1
             self.counts.load_s = loaded.pause_s + loaded.load_s
-            self.loaded_at = time.time()
+            self._renewed()
+
+    def _renewed(self) -> None:
+        """One of the policies is another one."""
+        self.counts.loads += 1
+        self.loaded_at = time.time()
 
     # ---- answering
 
@@ -233,18 +252,16 @@ class Replica:
         self, alias: Alias, prompt_ids: Sequence[int], drawing: Drawing, stops: Sequence[str] = ()
     ) -> AsyncIterator[Piece]:
         """One answer as it grows. Closing the iterator ends it in the engine too."""
-        engine = self._engines[alias]
-        await engine.trusted.wait()
+        engine = self._crew or self._engines[alias]
         self._serial += 1
         text, told = GrowingText(self.codec.answer, stops), _Told()
         self.counts.answering += 1
         whole = False
         try:
-            deltas = engine.sampler.stream(prompt_ids, drawing, f"{alias}-{self._serial}-{time.time_ns()}")
+            deltas = engine.stream(prompt_ids, drawing, f"{alias}-{self._serial}-{time.time_ns()}")
             async with aclosing(deltas):  # type: ignore[type-var]
                 async for delta in deltas:
                     piece = told.add(delta, text)
-                    await engine.trusted.wait()
                     whole = piece.finish_reason is not None
                     yield piece
                     if whole:

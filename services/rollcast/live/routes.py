@@ -38,6 +38,7 @@ from rollcast.live.protocol import (
 from rollcast.live.replica import Replica
 from rollcast.live.told import Events, Form, OfChat, OfCompletion, Question, Record, Whole
 from rollcast.live.versions import NoSuchPolicy, Releases
+from rollcast.rundir import RunDir
 from rollcast.sampler import Drawing
 
 
@@ -72,9 +73,14 @@ class Recorder(Protocol):
 class Served:
     """What the routes tell about what they serve, and how much they give."""
 
-    run: str
+    run: RunDir
     context: int
     max_new_tokens: int
+
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return self.run.path.name
 
 
 class LiveRoutes:
@@ -186,7 +192,7 @@ class LiveRoutes:
         replica = self.replica
         version = replica.resident["latest"]
         return {
-            "run": self.served.run,
+            "run": self.served.name,
             "policy_version": version,
             "step": await self._step(version),
             "age_s": round(time.time() - replica.loaded_at, 3),
@@ -201,9 +207,7 @@ class LiveRoutes:
 
     async def _step(self, version: int) -> int | None:
         """The learner step that made the version, where the run's figures name it."""
-        if self.replica.shelf is None:
-            return None
-        rows = await asyncio.to_thread(metrics.read, self.replica.shelf.run.metrics)
+        rows = await asyncio.to_thread(metrics.read, self.served.run.metrics)
         return next((int(row["step"]) for row in reversed(rows) if row.get("policy_version") == version), None)
 
     # ---- what is chosen
@@ -240,8 +244,8 @@ class LiveRoutes:
             raise _unavailable(error) from error
 
     def _fleet_of(self, run: str | None) -> Fleet:
-        if self.fleet is None or run not in (None, self.served.run):
-            raise ApiError(404, f"only the run {self.served.run} is served here", "run", "run_not_found")
+        if self.fleet is None or run not in (None, self.served.name):
+            raise ApiError(404, f"only the run {self.served.name} is served here", "run", "run_not_found")
         return self.fleet
 
 

@@ -32,6 +32,8 @@ def serve(source: Source, config: RunConfig, report: Report, detach: bool) -> No
         raise UsageError(
             "--detach leaves nothing behind here.", why, "Name a cluster with RAY_ADDRESS, or leave it out."
         )
+    if config.serve.mode == "shared":
+        _require_workers(source)
     fixed = None if source.checkpoint is None else _exported(source, source.checkpoint, config, report)
     if fixed is None and newest_published(source.run) is None and state_of(source.run) != "running":
         what, why = f"The run {source.run.path.name} has published no policy.", "It ended before its first checkpoint."
@@ -39,7 +41,7 @@ def serve(source: Source, config: RunConfig, report: Report, detach: bool) -> No
     with _until_asked() as asked:
         while not asked():
             _serve_on_one_cluster(source.run, config, fixed, report, detach, asked)
-            if detach:
+            if detach or (config.serve.mode == "shared" and state_of(source.run) != "running"):
                 return
 
 
@@ -72,9 +74,24 @@ def _serve_on_one_cluster(
         while not asked():
             time.sleep(LOOK_EVERY_S)
             if joined and not is_alive(owner):
-                report(f"the training of {run.path.name} has ended: its policy is served on from its folder")
+                on = (
+                    "with it its engines"
+                    if config.serve.mode == "shared"
+                    else "its policy is served on from its folder"
+                )
+                report(f"the training of {run.path.name} has ended: {on}")
                 return
         app.remove(spec)
+
+
+def _require_workers(source: Source) -> None:
+    """Raises `UsageError` where no rollout worker plays, whose engine could answer."""
+    if source.checkpoint is not None or state_of(source.run) != "running":
+        what = (
+            f"{source.run.path.name if source.checkpoint is None else source.checkpoint.name} has no rollout workers."
+        )
+        why = "With serve.mode = 'shared' they answer, and they play while a run trains."
+        raise UsageError(what, why, "Serve it with --serve.mode own.")
 
 
 @contextmanager

@@ -80,30 +80,16 @@ class RunFolder:
             return None
 
 
-class Trainer:
-    """What a live trainer publishes; without one, what lies in the run folder."""
+class RunControl:
+    """The control of a run, which lives as long as its trainer: looked for now and then."""
 
-    def __init__(self, run: RunDir, namespace: str, reader: str) -> None:
-        self.folder = RunFolder(run)
-        self.run, self.namespace, self.reader = run.path.name, namespace, reader
+    def __init__(self, run: str, namespace: str) -> None:
+        self.run, self.namespace = run, namespace
         self._control: Any = None
         self._looked = float("-inf")
 
-    async def newest(self, above: int, wait_s: float) -> Published | None:
-        from ray.exceptions import RayActorError
-
-        control = self._find()
-        if control is not None:
-            try:
-                found = await control.newest.remote(above, wait_s)
-            except RayActorError:  # It died meanwhile.
-                self._control, found = None, None
-            if found is not None and found[1].reaches_here:
-                return self._of_store(*found)
-        return await self.folder.newest(above, 0.0 if self._control is not None else min(wait_s, FIND_EVERY_S))
-
-    def _find(self) -> Any:
-        """The run's control, looked for now and then."""
+    def find(self) -> Any:
+        """Its handle, or None where there is no trainer."""
         import ray
 
         from rollcast.control import name_of
@@ -115,6 +101,32 @@ class Trainer:
             except ValueError:
                 return None
         return self._control
+
+    def lost(self) -> None:
+        """It does not answer any more."""
+        self._control = None
+
+
+class Trainer:
+    """What a live trainer publishes; without one, what lies in the run folder."""
+
+    def __init__(self, run: RunDir, control: RunControl, reader: str) -> None:
+        self.folder = RunFolder(run)
+        self.control, self.reader = control, reader
+
+    async def newest(self, above: int, wait_s: float) -> Published | None:
+        from ray.exceptions import RayActorError
+
+        control = self.control.find()
+        if control is not None:
+            try:
+                found = await control.newest.remote(above, wait_s)
+            except RayActorError:  # It died meanwhile.
+                self.control.lost()
+                control = found = None
+            if found is not None and found[1].reaches_here:
+                return self._of_store(*found)
+        return await self.folder.newest(above, 0.0 if control is not None else min(wait_s, FIND_EVERY_S))
 
     def _of_store(self, weights: Weights, store: Any) -> Published:
         async def pull(wanted: Weights) -> str:
