@@ -212,8 +212,9 @@ async def load(
 
     async def update() -> None:
         nonlocal versions
-        while every is not None and time.monotonic() + every < until:
-            await asyncio.sleep(every)
+        due = time.monotonic()
+        while every is not None and (due := due + every) < until:
+            await asyncio.sleep(due - time.monotonic())  # At once where the update before took longer.
             version = await asyncio.to_thread(live.publish)
             told: dict[str, Any] = {"policy_version": -1}
             while told["policy_version"] < version and time.monotonic() < until:

@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from statistics import fmean
 from typing import TypeVar
 
 from rollcast import checkpoint, cluster, figures, metrics, records
@@ -84,6 +83,7 @@ class Run(Session):
         self._figures: dict[str, float] = {}
         self._held: dict[str, float] = {}
         self._held_step = start.step
+        self._batch_rows = self._batch_samples = 0
         self._trained: list[int] = []
         self._looked = time.monotonic()
         self.buffer.clear()
@@ -390,28 +390,11 @@ class Run(Session):
 
     def _rates(self, seconds: float) -> dict[str, float]:
         """Where the time since the last row went: every role busy, idle, and what it waited for."""
-        lap = self.watch.lap()
-        seconds = max(seconds - lap.get("paused", 0.0), 1e-6)
         self.fleet.ask_occupation()
         occupations, self.fleet.occupations = self.fleet.occupations, []
-        busy, idle = sum(o.busy_s for o in occupations), sum(o.idle_s for o in occupations)
         loaded, self.fleet.loaded = self.fleet.loaded, []
-        rates = {f"time/{stage.replace(' ', '_')}_s": spent for stage, spent in lap.items()}
-        if "learn" in lap:
-            rates["samples_per_s"] = self._batch_samples / seconds
-            rates["learner/tokens_per_s"] = self._batch_rows / lap["learn"]
-            rates["busy/learner"] = min(lap["learn"] / seconds, 1.0)
-        if busy + idle > 0:
-            rates["busy/rollout"] = busy / (busy + idle)
-            rates["rollout/tokens_per_s"] = sum(o.tokens for o in occupations) / (busy + idle) * self.fleet.ready()
-        if loaded:
-            rates |= {
-                "sync/load_s": fmean(one.load_s for one in loaded),
-                "sync/pause_s": fmean(one.pause_s for one in loaded),
-                "sync/pull_s": fmean(one.pull_s for one in loaded),
-                "logprob_gap/mean": max(one.gap_mean for one in loaded if one.gap_mean is not None),
-                "logprob_gap/max": max(one.gap_max for one in loaded if one.gap_max is not None),
-            }
+        rates = figures.of_time(self.watch.lap(), seconds, self._batch_samples, self._batch_rows)
+        rates |= figures.of_workers(occupations, self.fleet.ready()) | figures.of_loads(loaded)
         return rates | self._counts()
 
     def _counts(self) -> dict[str, float]:
