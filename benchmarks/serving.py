@@ -2,22 +2,20 @@
 
     python benchmarks/serving.py [--seconds 60] [--clients 32] [--model FOLDER] [--write]
 
-A run folder is served by Ray Serve behind HAProxy, with vLLM on this machine; policies are published into the folder as
-a trainer's checkpoints are. What HTTP adds is measured against the same engine in this process, in turns. Prints one
-JSON object.
+A run is served by Ray Serve behind HAProxy, with vLLM on this machine; policies are published into the weight store, as
+a trainer does it. What HTTP adds is measured against the same engine in this process, in turns. Prints one JSON object.
 """
 
 import argparse
 import asyncio
 import os
-import shutil
 import socket
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
@@ -57,37 +55,39 @@ def main() -> None:
 class Live:
     """The served run, and a trainer that only publishes."""
 
-    def __init__(self, url: str, folder: Path, model: Path, config: Any) -> None:
-        from rollcast.rundir import RunDir
+    def __init__(self, config: Any, run: Path) -> None:
+        import ray
+        from safetensors.torch import load_file
 
-        self.url, self.run, self.model, self.config = url, RunDir(folder), model, config
+        from rollcast.control import Line
+        from rollcast.weights import Store
+        from rollcast_learners.arena import Arena, policy_specs
+
+        self.config = config
+        self.url = f"http://127.0.0.1:{config.serve.port}"
+        self.store = Store(run.name, ray.get_runtime_context().get_node_id(), 0)
+        self.line = Line(run.name, "a benchmark")
+        self._tensors = load_file(Path(config.model.path) / "model.safetensors")
+        self._arena = Arena(self.store.folder, policy_specs(self._tensors))
         self._versions = 0
 
     def publish(self) -> int:
-        """The same policy under the next version: what is timed is the update."""
-        from safetensors.torch import load_file
-
-        from rollcast.weights import save_policy
-        from rollcast_learners.arena import Arena, policy_specs
+        """The same policy under the next version, as a run publishes it: what is timed is the update."""
         from rollcast_learners.types import Weights
 
-        if not self._versions:
-            tensors = load_file(self.model / "model.safetensors")
-            self._tensors = tensors
-            self._arena = Arena(Path(f"/dev/shm/rollcast-bench-{os.getpid()}"), policy_specs(tensors))
         version = self._versions
+        for old in self.store.free(version - 1):
+            self._arena.retire(old)
         segments, manifest = self._arena.write(version, self._tensors)
-        weights = Weights("full", version, manifest, segments, "", str(self._arena.folder))
-        save_policy(weights, self._arena.folder, self.run.weights / f"v{version}")
-        self._arena.retire(version)
-        for old in self.run.weights.glob("v*"):
-            if old.name != f"v{version}":
-                shutil.rmtree(old)
+        weights = Weights("full", version, manifest, segments, self.store.home, self.store.folder)
+        self.line.announce(weights, self.store.handle(self._arena.specs))
         self._versions += 1
         return version
 
     def close(self) -> None:
         self._arena.close()
+        self.store.close()
+        self.line.close()
 
 
 @contextmanager
@@ -97,15 +97,15 @@ def served(folder: Path, model: Path, engine: str) -> Iterator[Live]:
     from rollcast.cluster import ENVIRONMENT, NAMESPACE
     from rollcast.config_file import load_config
     from rollcast.live import app
+    from rollcast.rundir import RunDir
 
     os.environ |= {f"RAY_SERVE_HAPROXY_{name}_PORT": str(free_port()) for name in ("METRICS", "STATS")}
     settings = (f"--model.path={model}", f"--run.dir={folder}", "--run.name=served", f"--rollout.engine={engine}")
     limits = ("requests_per_s=1e6", "burst=1000000", "tokens_per_minute=1000000000", "concurrent=100000")
     words = [*settings, f"--serve.port={free_port()}", *(f"--serve.limits.{limit}" for limit in limits)]
     config = load_config(ROOT / "deploy" / "configs" / "scripted.toml", [*words, "--serve.cpus_per_replica=2"])
-    live = Live(f"http://127.0.0.1:{config.serve.port}", folder / "served", model, config)
-    live.run.create()
-    live.publish()
+    run = RunDir(folder / "served")
+    run.create()
     ray.init(
         address="local",
         num_cpus=4,
@@ -116,11 +116,12 @@ def served(folder: Path, model: Path, engine: str) -> Iterator[Live]:
         runtime_env={"env_vars": ENVIRONMENT},
     )
     try:
-        app.deploy(app.spec_of(config, live.run.path, NAMESPACE))
-        yield live
+        with closing(Live(config, run.path)) as live:
+            live.publish()
+            app.deploy(app.spec_of(config, run.path, NAMESPACE))
+            yield live
     finally:
         ray.shutdown()
-        live.close()
 
 
 def free_port() -> int:
