@@ -238,7 +238,10 @@ def test_with_nodes_that_come_and_go_it_learns_as_well_as_without(starts: Starts
     for last in (10, steps):  # Where it gets to, and on the way.
         assert sum(found[:steps][-last:]) >= 0.9 * sum(undisturbed[-last:])
     stops(run)
-    assert_nothing_lost(run.folder, metrics.read(run.folder.metrics)[-1]["step"], GROUPS)
+    rows = metrics.read(run.folder.metrics)
+    events = assert_nothing_lost(run.folder, rows[-1]["step"], GROUPS)
+    print(f"{rows[-1]['fleet/restarts']:g} workers replaced, {events['return']} leases returned")
+    assert rows[-1]["fleet/restarts"] >= taken and events["return"] > 0 == events["failed"], "their workers played"
 
 
 DEVICES = """
