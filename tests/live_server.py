@@ -1,17 +1,20 @@
 """A live policy in this process: a replica with scripted or plain engines, its routes, and a real HTTP server.
 
-Owns: starting it on a free port, publishing policies to it, and ending it. Does not know Ray or Serve.
+Owns: starting it on a free port, publishing policies to it, ending it; and a crowd that asks. Does not know Ray.
 """
 
 import asyncio
 import random
 import socket
 import threading
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx
 import openai
 import uvicorn
 from safetensors.torch import load_file
@@ -175,3 +178,49 @@ def expected(model: str, codec: ChatCodec, prompt: str, length: int) -> str:
     ids = torch.tensor([codec.plain(prompt)])
     told = plain.generate(ids, max_new_tokens=length, do_sample=False)
     return codec.answer(told[0, ids.shape[1] :].tolist())
+
+
+def is_up(url: str) -> bool:
+    """Serve itself listens before a replica is ready, and lets requests wait."""
+    try:
+        return httpx.get(f"{url}/healthz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+class Crowd:
+    """Clients that ask without a pause, and what became of each question; 0 is a connection that broke."""
+
+    def __init__(self, url: str, clients: int) -> None:
+        self.codes: Counter[int] = Counter()
+        self.told: list[list[dict[str, int]]] = []
+        self._url = url
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._talk, daemon=True) for _ in range(clients)]
+
+    def __enter__(self) -> "Crowd":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(30)
+
+    def _talk(self) -> None:
+        body = {"model": "policy", "messages": ASK, "max_tokens": 40}
+        with httpx.Client(base_url=self._url, timeout=30) as client:
+            while not self._stop.is_set():
+                try:
+                    self._note(client.post("/v1/chat/completions", json=body))
+                except httpx.TransportError:
+                    self.codes[0] += 1
+                    time.sleep(0.05)
+
+    def _note(self, answer: httpx.Response) -> None:
+        with self._lock:
+            self.codes[answer.status_code] += 1
+            if answer.status_code == 200:
+                self.told.append(answer.json()["policy_versions"])

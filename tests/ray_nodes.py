@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("services", "learners", "envs", "tests")
 REPLY = "nodes: "
@@ -56,6 +58,15 @@ class Nodes:
         """The node and all that runs there is killed."""
         self._ask("remove", node=node)
         self.added.remove(node)
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Of the cluster, by what they call themselves, such as `ray::RolloutRunner`."""
+        found = []
+        for process in psutil.Process(self._process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
 
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):

@@ -21,6 +21,9 @@ def add(app: typer.Typer, command: type[Any], run_dir: RunDirOf) -> None:
         detach: Annotated[
             bool, typer.Option("--detach", help="Leave it on the cluster that RAY_ADDRESS names, and return.")
         ] = False,
+        stop: Annotated[
+            bool, typer.Option("--stop", help="Take off the cluster what was left there, and return.")
+        ] = False,
     ) -> None:
         """Serve a policy over HTTP, as OpenAI's API, until it is interrupted.
 
@@ -28,9 +31,17 @@ def add(app: typer.Typer, command: type[Any], run_dir: RunDirOf) -> None:
         ask. Any setting of the run can be given as --section.key VALUE, such as --serve.port.
         """
         from rollcast.export import settings_of
-        from rollcast.live.serving import serve as start
+        from rollcast.live import serving
         from rollcast.runs import find_source
 
         base, overrides = run_dir(context)
+
+        def say(text: str) -> None:
+            typer.echo(text, err=True)
+
         source = find_source(policy, base)
-        start(source, settings_of(source.run, overrides), lambda text: typer.echo(text, err=True), detach)
+        config = settings_of(source.run, overrides)
+        if stop:
+            serving.take_off(source, config, say)
+        else:
+            serving.serve(source, config, say, detach)

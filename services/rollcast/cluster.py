@@ -101,7 +101,8 @@ def require_views(config: RunConfig, run_dir: Path | None) -> None:
         mark = None if alone or run_dir is None else stack.enter_context(survey.marked(run_dir))
         reports = survey.ask_nodes(model, mark, engine)
         here = survey.look_around("the trainer", None, None, None)
-    preflight.refuse(preflight.node_problems(reports, here, config.model.path, config.run.dir))
+    on_gpu = config.learner.gpus_per_learner > 0
+    preflight.refuse(preflight.node_problems(reports, here, config.model.path, config.run.dir, on_gpu))
 
 
 def examined(config: RunConfig) -> list[preflight.Node]:

@@ -5,6 +5,7 @@ Does not know how anything is started; it imports neither Ray nor torch nor vLLM
 Figures marked "about" are sized by rule of thumb; the others follow from the model's tensors.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -107,6 +108,7 @@ def make_plan(config: RunConfig) -> Plan:
     if machine.cluster is None:
         _refuse_missing_devices(processes, machine)
         _refuse_missing_engine(config)
+        _refuse_cpu_build(config)
         _refuse_small_shared_memory(needs, machine)
     _refuse_unwritable(run_directory(config))
     return Plan(
@@ -461,6 +463,15 @@ def _refuse_missing_engine(config: RunConfig) -> None:
             "rollout.engine: vLLM is not installed here",
             "this Python finds no module of that name",
             'install rollcast[cpu] or rollcast[nvidia], or set rollout.engine = "torch"',
+        )
+
+
+def _refuse_cpu_build(config: RunConfig) -> None:
+    if config.learner.gpus_per_learner and importlib.metadata.version("torch").endswith("+cpu"):
+        raise ConfigError(
+            "learner.gpus_per_learner: torch is a build for CPUs here",
+            "a learner that is given a GPU could not use it",
+            "install rollcast[nvidia] (`make setup ENGINE=nvidia`), or set learner.gpus_per_learner = 0",
         )
 
 

@@ -32,6 +32,9 @@ class NodeReport:
     """Why it does not answer; the rest is then unknown."""
     python: str = ""
     ray: str = ""
+    torch: str = ""
+    """Version, whose ending names the kind of its build."""
+    gpus: float = 0.0
     code: str = ""
     """Digest of the rollcast that it imports."""
     code_folder: str = ""
@@ -175,13 +178,16 @@ def _settings(processes: Sequence[Process], *kinds: str, count: bool = True) -> 
 # ---- what each node sees
 
 
-def node_problems(reports: Sequence[NodeReport], here: NodeReport, model: str, run_dir: str) -> list[Problem]:
+def node_problems(
+    reports: Sequence[NodeReport], here: NodeReport, model: str, run_dir: str, learns_on_gpu: bool = False
+) -> list[Problem]:
     """What is wrong with nodes that processes of the run may be placed on; `here` is the trainer's own word."""
     heard = [report for report in reports if not report.silent]
     return [
         *_silent([report for report in reports if report.silent]),
         *_versions(heard, here),
         *_views(heard, model, run_dir),
+        *(cpu_builds([report for report in heard if report.gpus]) if learns_on_gpu else ()),
     ]
 
 
@@ -232,6 +238,17 @@ def _views(reports: Sequence[NodeReport], model: str, run_dir: str) -> Iterator[
         without = [report.name for report in reports if not getattr(report, field)]
         if without:
             yield f"{what} {_nodes(without)}", why, fix
+
+
+def cpu_builds(reports: Sequence[NodeReport]) -> Iterator[Problem]:
+    """A learner with a GPU computes there, and several of them talk through NCCL: torch for CPUs has neither."""
+    without = [report.name for report in reports if report.torch.endswith("+cpu")]
+    if without:
+        yield (
+            f"learner.gpus_per_learner: torch is a build for CPUs on {_nodes(without)}",
+            "a learner that is given a GPU could not use it",
+            "install rollcast[nvidia] there (`make setup ENGINE=nvidia`), or set learner.gpus_per_learner = 0",
+        )
 
 
 def _nodes(names: Sequence[str]) -> str:

@@ -67,9 +67,11 @@ class Run(Session):
         self._fleet_started = self._learner_starts = False
         self._most = cluster.most_workers(config)
         self._counted = time.monotonic()
-        self.staffing = Staffing(Bounds(*rollout.fleet_bounds), rollout.first_workers)
         self.sampling = Sampling(rollout.temperature, rollout.max_new_tokens)
         self.groups_per_step = config.learner.prompts_per_step
+        fewest, most = rollout.fleet_bounds  # Of more workers than groups at a time, some would have none.
+        useful = max(fewest, min(most, self._waiting_room + self.groups_per_step))
+        self.staffing = Staffing(Bounds(fewest, useful), rollout.first_workers)
         self.buffer = TrajectoryBuffer(self.groups_per_step, config.buffer.max_staleness)
         self.ledger = Ledger(folder.ledger, rollout.lease_s, rollout.max_attempts)
         self._closers.callback(self.ledger.close)

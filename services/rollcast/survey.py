@@ -3,10 +3,12 @@
 Owns: asking the nodes. Does not know what is wanted of them (`preflight.py`).
 """
 
+import importlib.metadata
 import importlib.util
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -50,20 +52,20 @@ def ask_nodes(
     for reference in silent:
         ray.cancel(reference, force=True)
     late = f"no answer within {ANSWER_WITHIN_S:.0f} s"
-    reports = {reference: _answer(reference, asked[reference]["NodeManagerAddress"]) for reference in done}
+    reports = {reference: _answer(reference, asked[reference]) for reference in done}
     reports |= {it: NodeReport(asked[it]["NodeManagerAddress"], silent=late) for it in silent}
     alive = {it["NodeID"] for it in _alive()}  # One that has gone meanwhile is not in the way.
     return [report for reference, report in reports.items() if asked[reference]["NodeID"] in alive]
 
 
-def _answer(reference: Any, name: str) -> NodeReport:
+def _answer(reference: Any, node: dict[str, Any]) -> NodeReport:
     """A node that cannot run the task, because its rollcast is another one or none, is heard too."""
     try:
         report: NodeReport = ray.get(reference)
     except RayError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return NodeReport(name, silent=lines[-1] if lines else type(error).__name__)
-    return report
+        return NodeReport(node["NodeManagerAddress"], silent=lines[-1] if lines else type(error).__name__)
+    return replace(report, gpus=_devices(node["Resources"])[1])
 
 
 def look_around(
@@ -76,6 +78,7 @@ def look_around(
         name=name,
         python=platform.python_version(),
         ray=ray.__version__,
+        torch=importlib.metadata.version("torch"),
         code=digest_of(folders),
         code_folder=str(folders["rollcast"]),
         has_engine=engine is None or importlib.util.find_spec(engine) is not None,

@@ -11,72 +11,13 @@ from typing import Any
 
 import pytest
 
+from live_run import GROUPS, SCRIPTED, SLOW, LiveRun
+from live_server import free_port
 from ray_nodes import Nodes, nodes
 from rollcast import checkpoint, metrics, records
 from rollcast.rundir import RunDir
-from run_checks import assert_nothing_lost, wait_for
+from run_checks import assert_nothing_lost
 from tiny_model import write_tiny_model
-
-SCRIPTED = Path(__file__).resolve().parents[2] / "deploy" / "configs" / "scripted.toml"
-SLOW = ("--env.0.id", "slow_envs:slow/Letters-v0")
-GROUPS = 4
-
-
-class LiveRun:
-    """A run on the cluster that `environment` names, trained by `rollcast train`, asked by other verbs."""
-
-    def __init__(
-        self,
-        environment: dict[str, str],
-        base: Path,
-        name: str,
-        model: str,
-        *words: str,
-        program: tuple[str, ...] = ("-m", "rollcast", "train"),
-    ) -> None:
-        self.environment = environment
-        self.folder = RunDir(base / name)
-        size = ("--rollout.group_size", "2", "--rollout.concurrency", "2", "--learner.prompts_per_step", str(GROUPS))
-        endless = ("--run.steps", "100000", "--checkpoint.every", "100000", "--eval.every", "0")
-        told = ("--run.dir", str(base), "--run.name", name, "--model.path", model, *size, *endless, *words)
-        self.log = base / f"{name}.log"
-        with self.log.open("w") as log:
-            command = [sys.executable, *program, str(SCRIPTED), *told]
-            self.trainer = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-    def asks(self, verb: str, *words: str) -> tuple[int, str]:
-        """Exit code and output of `rollcast VERB RUN ...` in another process."""
-        command = [sys.executable, "-m", "rollcast", verb, str(self.folder.path), *words]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120, check=False)
-        assert "Traceback" not in done.stderr, done.stderr
-        return done.returncode, " ".join((done.stdout or done.stderr).split())
-
-    def status(self) -> dict[str, Any]:
-        found = self.folder.path / "status.json"
-        return json.loads(found.read_text()) if found.exists() else {}
-
-    def events(self) -> list[dict[str, Any]]:
-        return [
-            json.loads(line) for line in self.folder.ledger.read_text().splitlines(keepends=True) if line[-1] == "\n"
-        ]
-
-    def waits_until(self, condition: Callable[[], object], seconds: float) -> None:
-        wait_for(lambda: self.ended() or condition(), seconds)
-        assert not self.ended(), self.log.read_text()
-
-    def goes_on(self, steps: int, seconds: float = 60) -> list[dict[str, Any]]:
-        """The rows of the next so many steps."""
-        begun = len(metrics.read(self.folder.metrics))
-        self.waits_until(lambda: len(metrics.read(self.folder.metrics)) >= begun + steps, seconds)
-        return metrics.read(self.folder.metrics)[begun : begun + steps]
-
-    def ended(self) -> bool:
-        return self.trainer.poll() is not None
-
-    def close(self) -> None:
-        self.trainer.terminate()
-        self.trainer.wait(60)
-
 
 Starts = Callable[..., LiveRun]
 
@@ -247,7 +188,9 @@ def test_with_nodes_that_come_and_go_it_learns_as_well_as_without(starts: Starts
 DEVICES = """
 import json, sys
 import ray
+from ray import serve
 from rollcast.config_file import load_config
+from rollcast.live import app
 from rollcast.run import Run
 from rollcast.session import opened
 from pathlib import Path
@@ -265,29 +208,36 @@ with opened(config, Path(config.run.dir) / "gpus", "never", Run) as run:
     while run.fleet.ready() < 2:
         run._gather("workers")
     workers = [[place.node, number] for place in run.fleet.places.values() for number in place.gpu_ids]
-    print("found: " + json.dumps({"workers": workers, "learners": devices, "most": run._most}))
+    spec = app.spec_of(config, run.folder.path, "rollcast")
+    app.deploy(spec)
+    node, given = serve.get_app_handle(spec.name).place.remote().result()
+    serve.shutdown()
+    replicas = [[node, number] for number in given]
+    found = {"workers": workers, "learners": devices, "replicas": replicas, "most": run._most}
+    print("found: " + json.dumps(found))
 """
 
 
 @pytest.mark.ray
-def test_workers_and_learners_have_devices_of_their_own(tmp_path: Path, three: Nodes, tiny_bf16: str) -> None:
+def test_workers_learners_and_replicas_have_devices_of_their_own(tmp_path: Path, three: Nodes, tiny_bf16: str) -> None:
     """Logical ones. In place of the learner an actor asks as it does: torch for CPUs has no NCCL, which a learner's
     process with a GPU sets up."""
-    node = three.add(num_cpus=4, num_gpus=3)
+    node = three.add(num_cpus=5, num_gpus=4)
+    serve = ("--serve.gpus_per_replica", "1", "--serve.port", str(free_port()))
     words = ["--model.path", tiny_bf16, "--run.dir", str(tmp_path), "--eval.every", "0", "--rollout.workers", "2"]
-    command = [sys.executable, "-c", DEVICES, str(SCRIPTED), *words, "--rollout.gpus_per_worker", "1"]
+    command = [sys.executable, "-c", DEVICES, str(SCRIPTED), *words, *serve, "--rollout.gpus_per_worker", "1"]
     done = subprocess.run(command, env=three.environment, capture_output=True, text=True, timeout=180, check=False)
     learner = ("--learner.num_learners", "1", "--learner.gpus_per_learner", "1", "--rollout.gpus_per_worker", "1")
-    too_many = [sys.executable, "-m", "rollcast", "train", str(SCRIPTED), *words, *learner, "--rollout.workers", "3"]
+    too_many = [sys.executable, "-m", "rollcast", "train", str(SCRIPTED), *words, *learner, "--rollout.workers", "4"]
     refused = subprocess.run(too_many, env=three.environment, capture_output=True, text=True, timeout=180, check=False)
     three.remove(node)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("found: ")]
     found = json.loads(line.removeprefix("found: "))
-    ids = [tuple(one) for one in found["workers"] + found["learners"]]
-    assert len(ids) == len(set(ids)) == 3 and len(found["learners"]) == 1
-    assert found["most"] == 3, "as many as have a GPU, on that node"
-    assert refused.returncode == 2 and "it needs 4 GPUs, the cluster has 3" in refused.stderr
+    ids = [tuple(one) for one in found["workers"] + found["learners"] + found["replicas"]]
+    assert len(ids) == len(set(ids)) == 4 and len(found["learners"]) == len(found["replicas"]) == 1
+    assert found["most"] == 4, "as many as have a GPU, on that node"
+    assert refused.returncode == 2 and "it needs 5 GPUs, the cluster has 4" in refused.stderr
 
 
 TELLS_ITS_LEARNER = """

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import pairwise
@@ -20,7 +19,7 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from live_server import Policies, free_port
+from live_server import ASK, Crowd, Policies, free_port, is_up
 from rollcast import metrics
 from rollcast.config import RunConfig
 from rollcast.config_file import load_config
@@ -33,7 +32,6 @@ from tiny_model import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTED = ROOT / "deploy" / "configs" / "scripted.toml"
-ASK: Any = [{"role": "user", "content": "Which town lies on the river?"}]
 GENEROUS = (
     "--serve.limits.requests_per_s=1e6",
     "--serve.limits.burst=1000000",
@@ -44,14 +42,6 @@ GENEROUS = (
 def config_for(folder: Path, model: str, port: int, *overrides: str) -> RunConfig:
     shared = (f"--model.path={model}", f"--run.dir={folder}", f"--serve.port={port}", "--serve.cpus_per_replica=0")
     return load_config(SCRIPTED, [*shared, *GENEROUS, "--eval.every=0", *overrides])
-
-
-def is_up(url: str) -> bool:
-    """Serve itself listens before a replica is ready, and lets requests wait."""
-    try:
-        return httpx.get(f"{url}/healthz").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -135,44 +125,6 @@ def test_whoever_leaves_frees_the_engine(live: Live) -> None:
         with client.stream("POST", "/v1/completions", json=body) as answer:
             assert next(answer.iter_lines()).startswith("data: ")
         wait_for(lambda: live.answering() == 0, 2.0)
-
-
-class Crowd:
-    """Clients that ask without a pause, and what became of each question; 0 is a connection that broke."""
-
-    def __init__(self, url: str, clients: int) -> None:
-        self.codes: Counter[int] = Counter()
-        self.told: list[list[dict[str, int]]] = []
-        self._url = url
-        self._stop = threading.Event()
-        self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._talk, daemon=True) for _ in range(clients)]
-
-    def __enter__(self) -> "Crowd":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(30)
-
-    def _talk(self) -> None:
-        body = {"model": "policy", "messages": ASK, "max_tokens": 40}
-        with httpx.Client(base_url=self._url, timeout=30) as client:
-            while not self._stop.is_set():
-                try:
-                    self._note(client.post("/v1/chat/completions", json=body))
-                except httpx.TransportError:
-                    self.codes[0] += 1
-                    time.sleep(0.05)
-
-    def _note(self, answer: httpx.Response) -> None:
-        with self._lock:
-            self.codes[answer.status_code] += 1
-            if answer.status_code == 200:
-                self.told.append(answer.json()["policy_versions"])
 
 
 @pytest.mark.ray

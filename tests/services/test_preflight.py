@@ -104,3 +104,13 @@ def test_a_node_that_differs_is_named(change: dict[str, object], said: str) -> N
     reports = [replace(HERE, name="10.0.0.1"), replace(HERE, name="10.0.0.2", **change)]  # type: ignore[arg-type]
     ((what, why, fix),) = node_problems(reports, HERE, "/data/model", "/data/runs")
     assert what.startswith(said) and why and fix
+
+
+def test_a_learner_with_a_gpu_is_refused_where_torch_is_for_cpus() -> None:
+    """Of nodes without a GPU nothing is asked: it is not placed there."""
+    head = replace(HERE, name="10.0.0.1", torch="2.13.0+cpu")
+    right, wrong = replace(head, torch="2.13.0", gpus=2.0), replace(head, name="10.0.0.2", gpus=2.0)
+    assert node_problems([head, right], HERE, "/m", "/r", True) == []
+    assert node_problems([head, wrong], HERE, "/m", "/r", False) == []
+    ((what, _, fix),) = node_problems([head, wrong], HERE, "/m", "/r", True)
+    assert what == "learner.gpus_per_learner: torch is a build for CPUs on node 10.0.0.2" and "nvidia" in fix

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import ray
+
 from rollcast import cluster  # First: it sets what torch and transformers read on import.
 from rollcast.chat import ChatCodec
 from rollcast.config import RunConfig
@@ -98,6 +100,11 @@ class LivePolicy:
 
     async def pid(self) -> int:
         return os.getpid()
+
+    async def place(self) -> tuple[str, tuple[str, ...]]:
+        """The node, and the GPUs there, that Ray has given it."""
+        context = ray.get_runtime_context()
+        return context.get_node_id(), tuple(context.get_accelerator_ids().get("GPU", ()))
 
     def _replica(self, spec: LiveSpec) -> Replica:
         serving, gap = spec.config.serve, spec.config.weights.probe_max_gap
@@ -247,10 +254,15 @@ def spec_of(config: RunConfig, run: Path, namespace: str, version: int | None = 
     return LiveSpec(config, run, cluster.compute_dtype(config), namespace, version)
 
 
-def _refuse_another(spec: LiveSpec) -> None:
+def served_there() -> list[str]:
+    """Names of the applications on the connected cluster."""
     from ray import serve
 
-    others = [name for name in serve.status().applications if name != spec.name]
+    return list(serve.status().applications)
+
+
+def _refuse_another(spec: LiveSpec) -> None:
+    others = [name for name in served_there() if name != spec.name]
     if others:
         what = f"Another application is served on this cluster: {', '.join(others)}."
         raise UsageError(what, "A cluster has one HTTP address.", "End that one, or use another cluster.")

@@ -45,6 +45,26 @@ def serve(source: Source, config: RunConfig, report: Report, detach: bool) -> No
                 return
 
 
+def take_off(source: Source, config: RunConfig, report: Report) -> None:
+    """Ends an application that `--detach`, or a run that has ended, left on the cluster that RAY_ADDRESS names."""
+    from rollcast.cluster import NAMESPACE
+    from rollcast.live import app
+
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        what = "There is no cluster to take anything off."
+        raise UsageError(what, "Without RAY_ADDRESS what was served ended with its command.", "Set RAY_ADDRESS.")
+    with _connected(address):
+        spec = app.spec_of(config, source.run.path, NAMESPACE)
+        served = app.served_there()
+        if spec.name not in served:
+            there = ", ".join(served) or "none"
+            what = f"The policy of {source.run.path.name} is not served on {address}."
+            raise UsageError(what, f"Applications there: {there}.", "Name the run of one of them.")
+        app.remove(spec)
+        report(f"the policy of {source.run.path.name} is not served any more")
+
+
 def _serve_on_one_cluster(
     run: RunDir,
     config: RunConfig,
