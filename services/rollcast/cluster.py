@@ -56,13 +56,14 @@ def connected(config: RunConfig) -> Iterator[str]:
 def session(address: str | None = None) -> Iterator[str]:
     """Connected for a time; gives the address of the dashboard, empty where there is none.
 
-    Without `address`, which may be "local" for a cluster of its own, it is the one that RAY_ADDRESS names, if any.
+    Without `address` it is the one that RAY_ADDRESS names, else "local": one of its own. Ray would join whatever was
+    started last on this machine.
     """
-    address = os.environ.get("RAY_ADDRESS") if address is None else address
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
     context = ray.init(
         address=address,
         namespace=NAMESPACE,
-        include_dashboard=False if address in (None, "local") else None,
+        include_dashboard=False if address == "local" else None,
         logging_level="ERROR",
         log_to_driver=False,
         runtime_env={"env_vars": environment()},

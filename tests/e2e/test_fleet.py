@@ -204,7 +204,7 @@ config = load_config(sys.argv[1], sys.argv[2:])
 ray.init(namespace="rollcast", log_to_driver=False, logging_level="ERROR")
 learner = ray.remote(Learner).options(num_cpus=1, num_gpus=1).remote()
 devices = ray.get(learner.devices.remote())
-with opened(config, Path(config.run.dir) / "gpus", "never", Run) as run:
+with opened(config, Path(config.run.dir) / config.run.name, "never", Run) as run:
     while run.fleet.ready() < 2:
         run._gather("workers")
     workers = [[place.node, number] for place in run.fleet.places.values() for number in place.gpu_ids]
@@ -219,6 +219,7 @@ with opened(config, Path(config.run.dir) / "gpus", "never", Run) as run:
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 def test_workers_learners_and_replicas_have_devices_of_their_own(tmp_path: Path, three: Nodes, tiny_bf16: str) -> None:
     """Logical ones. In place of the learner an actor asks as it does: torch for CPUs has no NCCL, which a learner's
     process with a GPU sets up."""
@@ -279,3 +280,13 @@ def test_the_learners_node_goes_and_its_workers_play_on(starts: Starts, three: N
     if home != added:  # As the next test expects it.
         three.remove(added)
         three.add(num_cpus=2)
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+def test_a_run_without_an_address_has_a_cluster_of_its_own(three: Nodes, tmp_path: Path, tiny_bf16: str) -> None:
+    """Ray by itself would join the one that was started last on this machine."""
+    nobody = {name: value for name, value in three.environment.items() if name != "RAY_ADDRESS"}
+    run = LiveRun(nobody, tmp_path, "own", tiny_bf16, "--run.steps", "1")
+    assert run.trainer.wait(120) == 0, run.log.read_text()
+    assert json.loads(run.folder.run_json.read_text())["address"] != three.environment["RAY_ADDRESS"]

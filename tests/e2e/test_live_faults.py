@@ -1,5 +1,9 @@
 """A run that is served while it trains, and everything in it killed in turn: it answers on, and goes on learning."""
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +14,7 @@ import pytest
 
 from live_run import GROUPS, SLOW, LiveRun
 from live_server import Crowd, free_port, is_up
-from ray_nodes import Nodes, nodes
+from ray_nodes import ROOT, SOURCES, Nodes, nodes
 from rollcast import metrics
 from run_checks import assert_nothing_lost, wait_for
 
@@ -119,3 +123,42 @@ def test_whatever_is_killed_the_policy_answers_on_and_learns_on(cluster: Nodes, 
     finally:
         for each in started:
             each.close()
+
+
+@pytest.mark.soak
+def test_a_run_of_this_machine_is_served_while_it_trains_and_when_it_has_ended(tmp_path: Path, tiny_bf16: str) -> None:
+    """`rollcast serve RUN` joins the run's own cluster, and goes on with one of its own at the same address."""
+    port = free_port()
+    url, log = f"http://127.0.0.1:{port}", tmp_path / "serve.log"
+    run = LiveRun(alone(), tmp_path, "mine", tiny_bf16, *SLOW, "--env.0.kwargs.seconds", "0.1")
+    served = ("--serve.port", str(port), "--serve.cpus_per_replica", "0")
+    words = [sys.executable, "-m", "rollcast", "serve", str(run.folder.path), *served]
+
+    def told() -> int:
+        return int(httpx.get(f"{url}/v1/policy", timeout=30).json()["policy_version"])
+
+    try:
+        run.waits_until(lambda: len(metrics.read(run.folder.metrics)) > 1, 120)
+        with log.open("w") as output:
+            server = subprocess.Popen(words, env=alone(), stdout=output, stderr=output)
+        wait_for(lambda: "answers at" in log.read_text() or server.poll() is not None, 90)
+        assert server.poll() is None, log.read_text()
+        first = told()
+        wait_for(lambda: told() > first + 2, 60)
+        code, said = run.asks("stop")
+        assert code == 0, said
+        last = metrics.read(run.folder.metrics)[-1]["policy_version"]
+        wait_for(lambda: log.read_text().count("answers at") == 2, 90)
+        assert "is served on from its folder" in log.read_text() and told() == last
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0, log.read_text()
+    finally:
+        run.close()
+        server.kill()
+        server.wait()
+
+
+def alone() -> dict[str, str]:
+    """The environment of somebody who has no cluster."""
+    others = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return others | {"PYTHONPATH": os.pathsep.join(str(ROOT / source) for source in SOURCES)}
