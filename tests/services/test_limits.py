@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from live_app import chat
 from rollcast.live import limits as limits_module
 from rollcast.live.gate import guard
-from rollcast.live.limits import Caller, Doorkeeper, Limits, TokenBucket
+from rollcast.live.limits import Caller, ClientLeft, Doorkeeper, Leaving, Limits, TokenBucket
 from rollcast.live.openai_errors import ApiError
 from rollcast.live.protocol import ChatRequest
 
@@ -234,6 +234,34 @@ def slow_app(limits: Limits, seconds: float) -> tuple[FastAPI, list[int]]:
 
     guard(app, None, limits)
     return app, answering
+
+
+def test_a_client_that_leaves_the_queue_is_not_waited_for() -> None:
+    async def work() -> list[str]:
+        door, diary, gone = Doorkeeper(Limits(ongoing=1, queued=1)), [], asyncio.Event()
+
+        async def asks(name: str, leaving: Leaving | None = None) -> None:
+            try:
+                async with door.turn(leaving):
+                    diary.append(name)
+                    await asyncio.sleep(0.05)
+            except ClientLeft:
+                diary.append(f"{name} left")
+
+        async def leaves() -> None:
+            await gone.wait()
+
+        first = asyncio.create_task(asks("first"))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(asks("second", leaves))
+        await asyncio.sleep(0.01)
+        gone.set()
+        await second
+        await asyncio.gather(first, asks("third"))  # The queue has room for one.
+        async with asyncio.timeout(1), door.turn():
+            return [*diary, f"{door.ongoing} at work"]
+
+    assert asyncio.run(work()) == ["first", "second left", "third", "1 at work"]
 
 
 def test_a_burst_gets_answers_and_429_only_and_is_soon_over() -> None:

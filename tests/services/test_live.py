@@ -320,6 +320,22 @@ def test_whoever_leaves_frees_the_slot(run: RunDir, model: str, codec: ChatCodec
         assert quick.choices[0].finish_reason == "length"
 
 
+def test_whoever_leaves_the_queue_gives_up_the_place(run: RunDir, model: str, codec: ChatCodec) -> None:
+    Policies(run, model).publish(0)
+    engine = scripted(codec, said(codec, "x" * 400), seconds_per_token=0.05)
+    with running(run, codec, engine, limits=generous(ongoing=1, queued=1)) as server:
+        body = {"model": "policy", "messages": ASK, "stream": True}
+        with httpx.Client(base_url=server.url, timeout=httpx.Timeout(5, read=0.3)) as client:
+            with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+                lines = answer.iter_lines()  # Held: the stream is closed with it.
+                assert next(lines).startswith("data: ")
+                for _ in range(3):  # The second would be told that the queue is full.
+                    with pytest.raises(httpx.ReadTimeout):
+                        client.post("/v1/chat/completions", json=body)
+            wait_for(lambda: server.replica.counts.answering == 0, 2.0)
+        assert server.replica.counts.cut == 1, "none of the others had a turn"
+
+
 # ---- the fleet, and what is told
 
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from rollcast.live.json_body import read_json
 from rollcast.live.keys import ANYONE, Key, Keys, scope_of
-from rollcast.live.limits import Doorkeeper, Limits
+from rollcast.live.limits import ClientLeft, Doorkeeper, Leaving, Limits
 from rollcast.live.openai_errors import ApiError, from_validation, no_key
 
 if TYPE_CHECKING:
@@ -34,10 +34,6 @@ WORK = frozenset({"/v1/chat/completions", "/v1/completions"})
 """Routes that take an engine's time: they wait for a turn. All others are answered at once, also under load."""
 UNREADABLE = "unsupported_media_type"
 WITH_BODY = frozenset({"POST", "PUT", "PATCH", "DELETE"})
-
-
-class ClientLeft(Exception):
-    """The client closed the connection before its request was whole."""
 
 
 class Gate:
@@ -87,11 +83,12 @@ class Gate:
             )
         caller = self.doorkeeper.caller(key.id, key.requests_per_s, key.concurrent)
         scope.setdefault("state", {}).update(caller=caller, key=key)
+        leaving = until_left(receive)
         with self.doorkeeper.admit(caller):
             if scope["method"] in WITH_BODY:
                 receive = await self._checked_body(scope, receive)
             if path in self.work:
-                async with self.doorkeeper.turn():
+                async with self.doorkeeper.turn(leaving):
                     await self.app(scope, receive, send)
             else:
                 await self.app(scope, receive, send)
@@ -140,6 +137,16 @@ async def read_body(receive: Receive, limits: Limits) -> bytes:
     except TimeoutError:
         raise ApiError(408, f"the body did not come in within {limits.body_s:g} s", "body", "body_timeout") from None
     return bytes(body)
+
+
+def until_left(receive: Receive) -> Leaving:
+    """Of a client whose request is whole: it has nothing more to say."""
+
+    async def left() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    return left
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:

@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from rollcast.live.openai_errors import ApiError
@@ -21,6 +21,12 @@ ROUNDING = 1e-9
 """Part of a token: whoever waits as long as told finds it there, whatever floating point makes of it."""
 
 Clock = Callable[[], float]
+Leaving = Callable[[], Awaitable[None]]
+"""Returns when the client has closed the connection."""
+
+
+class ClientLeft(Exception):
+    """The client closed the connection before it was answered."""
 
 
 class Limits(Section):
@@ -145,15 +151,18 @@ class Doorkeeper:
             caller.ongoing -= 1
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """The time in which a request is answered, after waiting for it. Raises `ApiError` (429) when turned away."""
-        await self._wait_for_turn()
+    async def turn(self, leaving: Leaving | None = None) -> AsyncIterator[None]:
+        """The time in which a request is answered, after waiting for it.
+
+        Raises `ApiError` (429) when turned away, `ClientLeft` when the client does not wait for its turn.
+        """
+        await self._wait_for_turn(leaving)
         try:
             yield
         finally:
             self._next()
 
-    async def _wait_for_turn(self) -> None:
+    async def _wait_for_turn(self, leaving: Leaving | None) -> None:
         if self.ongoing < self.limits.ongoing:
             self.ongoing += 1
             return
@@ -161,16 +170,21 @@ class Doorkeeper:
             raise ApiError(429, f"{len(self._waiters)} requests wait already", None, "queue_full", 1.0)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters[turn] = None
+        left = None if leaving is None else asyncio.ensure_future(leaving())
         came = False
         try:
-            async with asyncio.timeout(self.limits.queue_s):
-                await turn
-            came = True
-        except TimeoutError:
-            raise ApiError(429, f"no turn within {self.limits.queue_s:g} s", None, "queue_timeout", 1.0) from None
+            either = {turn} if left is None else {turn, left}
+            await asyncio.wait(either, timeout=self.limits.queue_s, return_when=asyncio.FIRST_COMPLETED)
+            came = turn.done()
+            if not came and left is not None and left.done():
+                raise ClientLeft
+            if not came:
+                raise ApiError(429, f"no turn within {self.limits.queue_s:g} s", None, "queue_timeout", 1.0)
         finally:
+            if left is not None:
+                left.cancel()
             self._waiters.pop(turn, None)
-            if not came and turn.done() and not turn.cancelled():
+            if not came and turn.done():
                 self._next()  # The turn came in the very moment in which the client left.
 
     def _next(self) -> None:

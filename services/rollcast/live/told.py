@@ -36,6 +36,7 @@ from rollcast.live.answers import (
     Usage,
     event,
 )
+from rollcast.live.gate import until_left
 from rollcast.live.openai_errors import ApiError
 from rollcast.live.replica import Piece, Replica
 from rollcast.live.texts import BROKEN
@@ -330,11 +331,7 @@ def lost(error: EngineDied) -> ApiError:
 async def while_there(work: Any, receive: Receive) -> bool:
     """Does `work` as long as the client stays; whether it did."""
 
-    async def leaving() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    task, left = asyncio.ensure_future(work), asyncio.ensure_future(leaving())
+    task, left = asyncio.ensure_future(work), asyncio.ensure_future(until_left(receive)())
     try:
         await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
