@@ -18,15 +18,20 @@ from typing import Any
 
 import psutil
 
+from net_spaces import Network
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("services", "learners", "envs", "tests")
 REPLY = "nodes: "
 
 
 class Nodes:
-    """A head, and whatever nodes are added. `environment` is for the processes that work there."""
+    """A head, and whatever nodes are added. `environment` is for the processes that work there.
 
-    def __init__(self, folder: str, **head: float) -> None:
+    With `apart` each added node is a host of its own in a small network (`net_spaces.py`).
+    """
+
+    def __init__(self, folder: str, apart: bool = False, **head: float) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.environment = {
             **kept,
@@ -45,7 +50,7 @@ class Nodes:
         command = [sys.executable, __file__, folder]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, env=self.environment, text=True, stdin=pipe, stdout=pipe)
-        self.environment["RAY_ADDRESS"] = self._ask("head", **head)
+        self.environment["RAY_ADDRESS"] = self._ask("head", apart=apart, **head)
         self.added: list[str] = []
         """Ids of the living nodes beside the head."""
 
@@ -68,6 +73,10 @@ class Nodes:
                     found.append(process)
         return found
 
+    def cut(self, node: str) -> None:
+        """The node goes on, and nobody hears of it: its link is down."""
+        self._ask("cut", node=node)
+
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):
             self._ask("close")
@@ -84,9 +93,9 @@ class Nodes:
 
 
 @contextlib.contextmanager
-def nodes(**head: float) -> Iterator[Nodes]:
+def nodes(apart: bool = False, **head: float) -> Iterator[Nodes]:
     folder = tempfile.mkdtemp(prefix="rc-", dir="/tmp")  # Ray's socket names leave no room for a longer path.
-    made = Nodes(folder, **head)
+    made = Nodes(folder, apart, **head)
     try:
         yield made
     finally:
@@ -99,18 +108,27 @@ def serve(folder: str) -> None:
     from ray.cluster_utils import Cluster
 
     cluster: Any = None
+    network: Network | None = None
     added: dict[str, Any] = {}
     for line in sys.stdin:
         what, how = json.loads(line)
         reply = ""
         if what == "head":
             small = {"include_dashboard": False, "object_store_memory": 128 * 2**20, "temp_dir": folder}
+            if how.pop("apart"):
+                network = Network()
+                small["node_ip_address"] = network.address
             cluster = Cluster(initialize_head=True, head_node_args={**how, **small})
             reply = cluster.address
         elif what == "add":
-            node = cluster.add_node(**how, object_store_memory=128 * 2**20)
+            address = network.add() if network is not None else None
+            with network.at(address) if network is not None and address is not None else contextlib.nullcontext():
+                where = {} if address is None else {"node_ip_address": address}
+                node = cluster.add_node(**how, **where, object_store_memory=128 * 2**20)
             added[node.node_id] = node
             reply = node.node_id
+        elif what == "cut" and network is not None:
+            network.cut(added[how["node"]].node_ip_address)
         elif what == "remove":
             cluster.remove_node(added.pop(how["node"]), allow_graceful=False)
         print(f"{REPLY}{reply}", flush=True)
@@ -118,6 +136,8 @@ def serve(folder: str) -> None:
             break
     if cluster is not None:
         cluster.shutdown()
+    if network is not None:
+        network.close()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A fleet on a cluster of three nodes, with a token: it grows, shrinks and loses nodes while the run goes on."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from live_run import GROUPS, SCRIPTED, SLOW, LiveRun
 from live_server import free_port
+from net_spaces import why_not
 from ray_nodes import Nodes, nodes
 from rollcast import checkpoint, metrics, records
 from rollcast.rundir import RunDir
@@ -290,3 +292,33 @@ def test_a_run_without_an_address_has_a_cluster_of_its_own(three: Nodes, tmp_pat
     run = LiveRun(nobody, tmp_path, "own", tiny_bf16, "--run.steps", "1")
     assert run.trainer.wait(120) == 0, run.log.read_text()
     assert json.loads(run.folder.run_json.read_text())["address"] != three.environment["RAY_ADDRESS"]
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+def test_a_node_that_is_cut_off_costs_only_its_leases(tmp_path: Path, tiny_bf16: str) -> None:
+    """Hosts of their own in a network. One of them goes on and is not heard of: nobody closes a connection."""
+    if (why := why_not()) is not None:
+        pytest.skip(why)
+    with nodes(apart=True, num_cpus=0) as network, contextlib.ExitStack() as ends:
+        _, victim = network.add(num_cpus=1), network.add(num_cpus=1)
+        words = ("--env.0.kwargs.seconds", "0.4", "--rollout.workers", "2")
+        run = LiveRun(network.environment, tmp_path, "apart", tiny_bf16, *SLOW, *words)
+        ends.callback(run.close)
+        run.waits_until(lambda: run.status().get("workers") == 2, 120)
+        run.waits_until(lambda: has_trained(run, 0) and has_trained(run, 1), 60)
+        cut = time.monotonic()
+        network.cut(victim)
+        run.waits_until(lambda: run.status().get("workers") == 1, 60)
+        noticed = time.monotonic() - cut
+        run.goes_on(3)
+        network.remove(victim)
+        network.add(num_cpus=1)
+        run.waits_until(lambda: run.status().get("workers") == 2, 90)
+        run.goes_on(2)
+        stops(run)
+        rows = metrics.read(run.folder.metrics)
+        events = assert_nothing_lost(run.folder, rows[-1]["step"], GROUPS)
+        waited = max(row.get("time/wait_for_rollouts_s", 0.0) for row in rows)
+        print(f"noticed after {noticed:.1f} s, {events['return']} leases returned, longest wait {waited:.1f} s")
+        assert events["return"] > 0 == events["failed"] and rows[-1]["fleet/restarts"] == 1

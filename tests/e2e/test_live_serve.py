@@ -231,6 +231,26 @@ def test_rollout_workers_answer_and_one_of_them_dies(tmp_path: Path, tiny_fp32: 
 
 
 @pytest.mark.soak
+@pytest.mark.ray
+def test_replicas_come_with_the_load(tmp_path: Path, tiny_fp32: str, live: Live, port: int) -> None:
+    """Serve adds one while the first is half full; no answer is lost to it."""
+    app.remove(live.spec)
+    load = ("--serve.max_replicas=2", "--serve.limits.ongoing=4", "--serve.limits.queued=64")
+    config = config_for(tmp_path, tiny_fp32, port, "--rollout.engine=torch", "--run.name=grows", *load)
+    policies = Policies(RunDir(tmp_path / "grows"), tiny_fp32)
+    policies.publish(3)
+    grows = Live(app.spec_of(config, tmp_path / "grows", live.spec.namespace), policies, "")
+    grows.url = app.deploy(grows.spec)
+    assert len(grows.pids()) == 1
+    with Crowd(grows.url, 12) as crowd:
+        wait_for(lambda: len(grows.pids()) == 2, 180)
+        answered = crowd.codes[200]
+        wait_for(lambda: crowd.codes[200] > answered + 50, 60)
+    app.remove(grows.spec)
+    assert set(crowd.codes) == {200} and {span["version"] for spans in crowd.told for span in spans} == {3}
+
+
+@pytest.mark.soak
 def test_the_verb_serves_behind_haproxy(tmp_path: Path, tiny_fp32: str) -> None:
     """In a process and a cluster of its own, as a person types it."""
     folder, port = tmp_path / "runs", free_port()
