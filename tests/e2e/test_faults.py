@@ -311,7 +311,9 @@ def test_a_killed_trainer_resumes_above_all_earlier_versions(tmp_path: Path, tin
     assert not list(Path("/dev/shm").glob("rollcast-killed-*")), "the resumed run sweeps what was left"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGTERM, 0, marks=pytest.mark.soak), (signal.SIGINT, 130)]
+)
 def test_asked_to_stop_it_saves_and_exits(tmp_path: Path, tiny_bf16: str, number: int, code: int) -> None:
     folder = RunDir(tmp_path / "asked")
     trainer = start(tmp_path, tiny_bf16, "--run.steps", "100000", "--checkpoint.every", "1000", "--run.name", "asked")

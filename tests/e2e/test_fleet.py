@@ -94,6 +94,10 @@ def test_scaling_while_it_trains_loses_nothing(starts: Starts, three: Nodes, tmp
     run.goes_on(2)
     scaled(run, 3)
     run.goes_on(2)
+    assert run.asks("pause")[0] == 0
+    run.waits_until(lambda: run.status().get("waiting_for") == "to be resumed", 30)
+    assert run.asks("resume")[0] == 0
+    run.goes_on(1)
     is_refused(second, run)
     folder, run.folder = run.folder, RunDir(tmp_path / "nobody")
     code, said = run.asks("pause")
@@ -150,15 +154,16 @@ def disturbed(run: LiveRun, three: Nodes, steps: int) -> tuple[int, list[float]]
 
 
 @pytest.mark.ray
-def test_a_node_that_comes_and_goes_costs_only_its_leases(starts: Starts, three: Nodes, speller: str) -> None:
-    run = starts("nodes", *LEARNS, "--env.0.kwargs.seconds", "0.4", "--run.steps", "100000", model=speller)
+def test_a_node_that_comes_and_goes_costs_only_its_leases(starts: Starts, three: Nodes, tiny_bf16: str) -> None:
+    """The short form of the next one, which learns."""
+    run = starts("nodes", "--rollout.workers", "3", "--env.0.kwargs.seconds", "0.4")
     run.waits_until(lambda: run.status().get("workers") == 3 and len(metrics.read(run.folder.metrics)) > 1, 120)
-    taken, rewards = disturbed(run, three, 32)
-    assert taken >= 3 and sum(rewards[-4:]) / 4 >= 0.9, "undisturbed it comes to 1.0, the most there is"
+    taken, _ = disturbed(run, three, 10)
     stops(run)
     rows = metrics.read(run.folder.metrics)
     events = assert_nothing_lost(run.folder, rows[-1]["step"], GROUPS)
-    assert rows[-1]["fleet/restarts"] >= 2 and events["return"] > 0 == events["failed"], "its workers played"
+    assert rows[-1]["fleet/restarts"] >= taken >= 1
+    assert events["return"] > 0 == events["failed"], "its workers played"
 
 
 @pytest.mark.ray

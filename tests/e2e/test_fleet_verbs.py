@@ -1,4 +1,7 @@
-"""`rollcast scale | pause | resume | stop` from a second terminal: a run on a cluster of its own, with a token."""
+"""`rollcast scale | pause | resume | stop` from a second terminal: a run on a cluster of its own, with a token.
+
+`test_fleet.py` has the same verbs on a cluster that RAY_ADDRESS names.
+"""
 
 import json
 import os
@@ -64,6 +67,7 @@ def first(tmp_path: Path, tiny_bf16: str, folder: RunDir) -> Iterator["tuple[sub
         trainer.wait(60)
 
 
+@pytest.mark.soak
 def test_a_run_is_scaled_paused_resumed_and_stopped_from_a_second_terminal(
     tmp_path: Path, first: "tuple[subprocess.Popen[bytes], str]", folder: RunDir
 ) -> None:

@@ -192,7 +192,7 @@ def test_rollout_workers_answer_and_one_of_them_dies(tmp_path: Path, tiny_fp32: 
     endless = ("--run.name=shared", "--run.steps=100000", "--checkpoint.every=1000")
     config = config_for(tmp_path, tiny_fp32, port, *shared, *endless)
     url = f"http://127.0.0.1:{port}"
-    asked: dict[str, Any] = {"model": "policy", "prompt": "The town", "max_tokens": 200, "temperature": 0}
+    asked: dict[str, Any] = {"model": "policy", "prompt": "The town", "max_tokens": 120, "temperature": 0}
 
     def told(started: threading.Barrier, answers: list[list[dict[str, int]]]) -> None:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
@@ -204,7 +204,7 @@ def test_rollout_workers_answer_and_one_of_them_dies(tmp_path: Path, tiny_fp32: 
     def watch(run: Run) -> None:
         wait_for(lambda: is_up(url) and run.fleet.ready() == 2, 60)
         first = httpx.get(f"{url}/v1/policy").json()["policy_version"]
-        wait_for(lambda: httpx.get(f"{url}/v1/policy").json()["policy_version"] >= first + 2, 60)
+        wait_for(lambda: httpx.get(f"{url}/v1/policy").json()["policy_version"] > first, 60)
         assert httpx.post(f"{url}/v1/policy/promote", json={}).status_code == 409, "the newest alone is resident"
         ray.get(find("shared").ask.remote(paused=True))
         wait_for(lambda: run.paused and len({member.version for member in run.fleet.crew()}) == 1, 30)
@@ -221,7 +221,7 @@ def test_rollout_workers_answer_and_one_of_them_dies(tmp_path: Path, tiny_fp32: 
         wait_for(lambda: run.fleet.restarts == 1 and not psutil.pid_exists(victim))
         assert len(answers) == 2, "each worker had one of them, and both came to their ends"
         for spans in answers:
-            assert spans[0]["start"] == 0 and spans[-1]["end"] == 200
+            assert spans[0]["start"] == 0 and spans[-1]["end"] == 120
             assert all(a["end"] == b["start"] and a["version"] < b["version"] for a, b in pairwise(spans))
 
     run = beside(config, watch)
