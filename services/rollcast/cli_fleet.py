@@ -97,8 +97,9 @@ def _ask(run: str, base: Path, wish: dict[str, Any], as_json: bool, ends_within_
     with reached(run, base) as live:
         from rollcast.control import answer, answers  # It imports Ray, which `reached` has prepared for.
 
-        asked = answer(live.control.ask.remote(**wish), live.name)
+        # The status first: a run that was asked to stop may be gone before it could tell it.
         status = answer(live.control.status.remote(), live.name)
+        asked = answer(live.control.ask.remote(**wish), live.name)
         if ends_within_s and not live.is_here:
             _wait(live.name, lambda: not answers(live.control), ends_within_s)
     # Here the run's cluster may end with it, and would end whoever is still connected.

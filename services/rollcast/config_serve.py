@@ -24,8 +24,7 @@ class ServeSection(Section):
     keys_file: str | None = None
     """File of API keys; without one anybody on this machine may ask, and nobody else."""
     mode: Literal["own", "shared"] = "own"
-    """Whose engines answer: those of the replicas (own), or those of the rollout workers while the run trains, for
-    machines without room for one more (shared)."""
+    """Whose engines answer: the replicas' own, or (shared) the rollout workers', where there is room for no more."""
     slots: AtLeastOne = 8
     """Answers that each rollout worker's engine has room for beside its rollouts, if serve.mode is shared."""
     min_replicas: AtLeastOne = 1

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rollcast.errors import RollcastError, RunFailed, UsageError
@@ -228,12 +228,19 @@ class Line:
         reference, self._pending = self._pending, None
         try:
             self.wishes = ray.get(reference)
-        except RayActorError:  # Its process or its node is gone: another one, which knows what this one knew.
-            with contextlib.suppress(ValueError):  # The name is free a moment later.
-                self._actor = self._create()
-                self._actor.show.remote(self._crew)
-                if self._policy is not None:
-                    self.announce(*self._policy)
+        except ActorUnavailableError:
+            return  # Nobody knows yet whether it is dead: it is asked again.
+        except RayActorError:
+            self._replace()
+
+    def _replace(self) -> None:
+        """The control's process is gone: another one, which knows what that one knew."""
+        ray.kill(self._actor)  # A dead actor keeps its name as long as somebody holds it.
+        with contextlib.suppress(ValueError):  # The name is free a moment later.
+            self._actor = self._create()
+            self._actor.show.remote(self._crew)
+            if self._policy is not None:
+                self.announce(*self._policy)
 
     def _take_name(self, deadline: float) -> Any:
         while True:
@@ -245,7 +252,8 @@ class Line:
             time.sleep(0.25)
 
     def _create(self) -> Any:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        # Ray places an actor without CPUs anywhere, unless its place is a must.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = ray.remote(Control).options(
             name=name_of(self.run), num_cpus=0, max_concurrency=1000, scheduling_strategy=here
         )

@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import os
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import Any
 
 import pytest
 import ray
@@ -110,13 +113,18 @@ def test_a_second_trainer_of_that_name_is_refused_and_a_later_one_is_not(line: L
     Line("named", "process 3 on there")
 
 
+def sigkill(actor: Any) -> None:
+    os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+
+
 @pytest.mark.ray
-def test_a_control_that_died_is_made_again_and_knows_what_it_knew(line: Line) -> None:
+@pytest.mark.parametrize("end", [ray.kill, sigkill])
+def test_a_control_that_died_is_made_again_and_knows_what_it_knew(line: Line, end: Callable[[Any], None]) -> None:
     line.announce(weights(7), STORE)
     asked = find("named")
     answer(asked.ask.remote(paused=True), "named")
     heard(line, Wishes(paused=True))
-    ray.kill(asked)
+    end(asked)
     with pytest.raises(UsageError, match="ended"):
         answer(asked.owner.remote(), "named")
     deadline = time.monotonic() + 20

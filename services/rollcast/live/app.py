@@ -57,6 +57,8 @@ class LiveSpec:
     """In which the run's control is found."""
     version: int | None = None
     """Of a checkpoint, which `model.path` then names; None follows the run."""
+    node: str | None = None
+    """Of whoever deploys it, where the run folder certainly is: there the feedback's writer lives."""
 
     @property
     def name(self) -> str:
@@ -237,7 +239,8 @@ def _desk(spec: LiveSpec) -> feedback_actor.FeedbackDesk | None:
     """Of the one writer of the run, which outlives the replica that happened to start it."""
     if not spec.config.feedback.enabled:
         return None
-    return feedback_actor.start(_writer_of(spec), *spec.feedback, namespace=spec.namespace, lifetime="detached")
+    where = {"node": spec.node, "namespace": spec.namespace}
+    return feedback_actor.start(_writer_of(spec), *spec.feedback, **where, lifetime="detached")
 
 
 def spec_of(config: RunConfig, run: Path, namespace: str, version: int | None = None) -> LiveSpec:
@@ -251,7 +254,8 @@ def spec_of(config: RunConfig, run: Path, namespace: str, version: int | None = 
             "rollout": config.rollout.model_copy(update={"engine_args": arguments}),
         }
     )
-    return LiveSpec(config, run, cluster.compute_dtype(config), namespace, version)
+    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
+    return LiveSpec(config, run, cluster.compute_dtype(config), namespace, version, node)
 
 
 def served_there() -> list[str]:

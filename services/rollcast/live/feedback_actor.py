@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rollcast.live.feedback import FeedbackReceipt, FeedbackRequest, ServedAnswer, answer_id, unavailable
 from rollcast.live.feedback_writer import FeedbackWriter
@@ -15,6 +16,9 @@ from rollcast.live.keys import Key
 from rollcast.live.openai_errors import ApiError
 from rollcast.live.protocol import ChatRequest, CompletionRequest
 from rollcast.live.told import Record
+
+MEMORY = 256 * 2**20
+"""Bytes; at rest it is 147 MiB, most of it Python and the libraries."""
 
 
 class FeedbackDesk:
@@ -49,14 +53,19 @@ class FeedbackDesk:
         return found
 
 
-def start(name: str, url: str, keep_days: float, max_mib: float, **options: Any) -> FeedbackDesk:
-    """The desk of the one writer of this name; `options` go to the actor when it is made.
+def start(
+    name: str, url: str, keep_days: float, max_mib: float, node: str | None = None, **options: Any
+) -> FeedbackDesk:
+    """The desk of the one writer of this name. When it is made, `options` go to the actor, and it is made on `node`
+    while that lives, since its database may be a file there.
 
     Raises Ray's error with the cause when the database cannot be opened. What waits in a writer that is killed, at most
     half a second of answers, is lost; feedback that was acknowledged is not.
     """
-    usual = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 1000, "get_if_exists": True}
-    actor = ray.remote(FeedbackWriter).options(name=name, **usual | options).remote(url, keep_days, max_mib)
+    # Ray heeds a wish for a node only of an actor that needs something: memory, as a head may lend no CPU.
+    near = {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
+    usual = {"num_cpus": 0, "memory": MEMORY, "max_restarts": -1, "max_concurrency": 1000, "get_if_exists": True}
+    actor = ray.remote(FeedbackWriter).options(name=name, **usual | near | options).remote(url, keep_days, max_mib)
     ray.get(actor.figures.remote())
     return FeedbackDesk(actor)
 

@@ -98,7 +98,8 @@ class FeedbackWriter:
     async def close(self) -> None:
         """Writes what waits, and closes the database."""
         if self._task is not None:
-            self._task.cancel()
+            async with self._writing:  # Within a batch it would be written, and not counted.
+                self._task.cancel()
             await asyncio.wait([self._task])
         await self._flush()
         await self._in_thread(self._store.close)
