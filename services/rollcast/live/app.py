@@ -239,8 +239,9 @@ def _desk(spec: LiveSpec) -> feedback_actor.FeedbackDesk | None:
     """Of the one writer of the run, which outlives the replica that happened to start it."""
     if not spec.config.feedback.enabled:
         return None
-    where = {"node": spec.node, "namespace": spec.namespace}
-    return feedback_actor.start(_writer_of(spec), *spec.feedback, **where, lifetime="detached")
+    return feedback_actor.start(
+        _writer_of(spec), *spec.feedback, spec.node, namespace=spec.namespace, lifetime="detached"
+    )
 
 
 def spec_of(config: RunConfig, run: Path, namespace: str, version: int | None = None) -> LiveSpec:
