@@ -10,7 +10,7 @@ from rich.console import Console
 
 from rollcast.display import harmless_lines
 from rollcast.errors import RollcastError
-from rollcast.talk import Answered, LivePolicy, Message
+from rollcast.talk import Answered, PolicyClient, Message
 
 HELP = """\
 Type a question. Lines that begin with / are commands:
@@ -27,7 +27,9 @@ Type a question. Lines that begin with / are commands:
 class Chat:
     """One conversation. `handle` takes a line and returns False when it is over."""
 
-    def __init__(self, policy: LivePolicy, console: Console, model: str = "policy", system: str | None = None) -> None:
+    def __init__(
+        self, policy: PolicyClient, console: Console, model: str = "policy", system: str | None = None
+    ) -> None:
         self.policy, self.console, self.model, self.system = policy, console, model, system
         self.turns: list[Message] = []
         self.last: Answered | None = None

@@ -38,13 +38,13 @@ def add_talk_verbs(app: typer.Typer) -> None:
         The answer goes to standard output as it comes, its policy version to standard error.
         """
         from rollcast.display import harmless_lines, screen
-        from rollcast.talk import Answered, LivePolicy
+        from rollcast.talk import Answered, PolicyClient
 
         opening = [{"role": "system", "content": system}] if system else []
         sampling = {"max_tokens": max_tokens, "temperature": temperature}
         given = {name: value for name, value in sampling.items() if value is not None}
         console = screen()
-        for piece in LivePolicy(url).ask([*opening, {"role": "user", "content": text}], model, **given):
+        for piece in PolicyClient(url).ask([*opening, {"role": "user", "content": text}], model, **given):
             if as_json and isinstance(piece, Answered):
                 typer.echo(json.dumps(asdict(piece)))
             elif isinstance(piece, Answered):
@@ -65,9 +65,9 @@ def add_talk_verbs(app: typer.Typer) -> None:
         """
         from rollcast.chat_screen import Chat
         from rollcast.display import screen
-        from rollcast.talk import LivePolicy
+        from rollcast.talk import PolicyClient
 
-        policy = LivePolicy(url)
+        policy = PolicyClient(url)
         served = policy.policy()
         typer.echo(f"{policy.url} serves policy version {served.get('policy_version')}; /help lists commands", err=True)
         with suppress(ImportError):

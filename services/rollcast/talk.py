@@ -42,7 +42,7 @@ class Answered:
         return min(all_of_them), max(all_of_them)
 
 
-class LivePolicy:
+class PolicyClient:
     """A served policy at `url`, with or without `/v1` at its end; `key` is that of the environment if not given."""
 
     def __init__(self, url: str, key: str | None = None) -> None:

@@ -28,7 +28,7 @@ from rollcast.live.feedback_writer import FeedbackWriter
 from rollcast.live.keys import ANYONE, Key
 from rollcast.live.openai_errors import ApiError, from_validation
 from rollcast.rundir import RunDir
-from rollcast.talk import Answered, LivePolicy
+from rollcast.talk import Answered, PolicyClient
 from rollcast_learners.types import VersionSpan
 
 NOW = 1_000_000_000.0
@@ -391,9 +391,9 @@ def test_an_answer_of_the_live_policy_gets_feedback(tmp_path: Path, tiny_fp32: s
         first, second = several["id"], f"{several['id']}/1"
         receipt = client.post("/v1/feedback", json={"answer": second, "preferred_to": first, "score": 1}).json()
         assert receipt["preferred_to"] == [first] and receipt["policy_version"] == 3 and receipt["score"] == 1
-        *_, streamed = LivePolicy(server.url).ask(ask["messages"], max_tokens=8)
+        *_, streamed = PolicyClient(server.url).ask(ask["messages"], max_tokens=8)
         assert isinstance(streamed, Answered)
-        assert LivePolicy(server.url).feedback(streamed.id, thumb="down")["policy_version"] == 3
+        assert PolicyClient(server.url).feedback(streamed.id, thumb="down")["policy_version"] == 3
         plain = client.post("/v1/completions", json={"model": "policy", "prompt": "Lima", "max_tokens": 4}).json()
         assert client.post("/v1/feedback", json={"answer": plain["id"], "edit": "Lima is"}).status_code == 200
         refused = client.post("/v1/feedback", json={"answer": first, "mood": "good"})
@@ -416,4 +416,4 @@ def test_without_a_database_feedback_is_refused(tmp_path: Path, tiny_fp32: str) 
     Policies(folder, tiny_fp32).publish(0)
     codec = ChatCodec.from_folder(tiny_fp32)
     with running(folder, codec, scripted(codec)) as server, pytest.raises(UsageError, match="not kept here"):
-        LivePolicy(server.url).feedback("chatcmpl-0", thumb="up")
+        PolicyClient(server.url).feedback("chatcmpl-0", thumb="up")

@@ -18,7 +18,7 @@ from rollcast.errors import RunFailed, UsageError
 from rollcast.live.feedback_store import Kept, read
 from rollcast.live.feedback_tables import open_to_read
 from rollcast.live.keys import Keyring, make_key
-from rollcast.talk import KEY, Answered, LivePolicy
+from rollcast.talk import KEY, Answered, PolicyClient
 from talking_server import Talker, talking
 
 LOOK_AT = os.environ.get("ROLLCAST_SCREENSHOTS")
@@ -43,7 +43,7 @@ def call(*words: str) -> int:
 
 def test_an_answer_comes_in_pieces_with_its_versions(server: tuple[str, Talker]) -> None:
     url, _ = server
-    policy = LivePolicy(f"{url}/v1/")
+    policy = PolicyClient(f"{url}/v1/")
     *pieces, answered = policy.ask([{"role": "user", "content": "Capital of Peru?"}])
     assert pieces == ["Li", "ma", " <b>of</b> course"]
     assert isinstance(answered, Answered) and answered.text == "Lima <b>of</b> course"
@@ -91,7 +91,7 @@ def test_what_cannot_be_had_is_told(
 
 
 def test_a_refusal_and_a_broken_stream_are_told(server: tuple[str, Talker]) -> None:
-    policy = LivePolicy(server[0])
+    policy = PolicyClient(server[0])
     with pytest.raises(RunFailed, match="the engine is being restarted"):
         list(policy.ask([{"role": "user", "content": "fail"}]))
     with pytest.raises(RunFailed, match="the engine died"):
@@ -104,15 +104,15 @@ def test_a_key_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.Mo
     key, secret = make_key("alice", "user")
     with talking(tmp_path, Keyring([key])) as (url, talker):
         with pytest.raises(UsageError, match=KEY):
-            LivePolicy(url).policy()
+            PolicyClient(url).policy()
         monkeypatch.setenv(KEY, secret)
-        *_, answered = LivePolicy(url).ask([{"role": "user", "content": "Hello"}])
+        *_, answered = PolicyClient(url).ask([{"role": "user", "content": "Hello"}])
         assert isinstance(answered, Answered)
-        LivePolicy(url).feedback(answered.id, score=0.5)
+        PolicyClient(url).feedback(answered.id, score=0.5)
         other, elsewhere = make_key("bob", "user")
         assert other.id != key.id
         with pytest.raises(UsageError):
-            LivePolicy(url, elsewhere).feedback(answered.id, score=0.0)
+            PolicyClient(url, elsewhere).feedback(answered.id, score=0.0)
         assert [(one.answer.key, one.score) for one in kept(talker)] == [(key.id, 0.5)]
 
 
@@ -127,7 +127,7 @@ def test_a_chat_with_feedback(server: tuple[str, Talker]) -> None:
          "And of Chile?", "/worse", "/model policy@9", "Hello", "/model policy@best", "/system Be brief.", "/nope",
          "/help", "Hello", "/quit", "never"]
     )  # fmt: skip
-    chat = Chat(LivePolicy(url), console)
+    chat = Chat(PolicyClient(url), console)
     chat.run(lambda: next(lines))
     assert next(lines) == "never"
     shown = console.export_text()
@@ -162,7 +162,7 @@ class Impatient(Console):
 def test_ctrl_c_cuts_the_answer_and_the_chat_goes_on(tmp_path: Path) -> None:
     with talking(tmp_path, words=["word "] * 1000, seconds_per_word=0.01) as (url, talker):
         console = Impatient(record=True, width=200, file=StringIO())
-        chat = Chat(LivePolicy(url), console)
+        chat = Chat(PolicyClient(url), console)
         assert chat.handle("Talk.")
         assert chat.turns == [] and "cut off" in console.export_text()
         with httpx.Client(trust_env=False) as client:
