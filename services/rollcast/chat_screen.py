@@ -10,7 +10,7 @@ from rich.console import Console
 
 from rollcast.display import harmless_lines
 from rollcast.errors import RollcastError
-from rollcast.talk import Answered, PolicyClient, Message
+from rollcast.talk import Answered, Message, PolicyClient
 
 HELP = """\
 Type a question. Lines that begin with / are commands:
