@@ -17,7 +17,7 @@ def soak_by_name() -> dict[str, bool]:
         )
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
-                found[node.name] = whole or any("mark.soak" in ast.unparse(mark) for mark in node.decorator_list)
+                found[node.name] = whole or "pytest.mark.soak" in map(ast.unparse, node.decorator_list)
     return found
 
 
