@@ -59,6 +59,7 @@ def test_a_killed_worker_is_replaced_and_its_leases_return(tmp_path: Path, tiny_
 
 @pytest.mark.ray
 @pytest.mark.vllm
+@pytest.mark.soak
 def test_a_worker_whose_engine_died_is_replaced(tmp_path: Path, tiny_bf16: str, ray_cluster: str) -> None:
     def fault(run: Run) -> None:
         worker = psutil.Process(run.fleet.pids()[0])

@@ -63,6 +63,7 @@ def test_compiled_layers_say_the_same(kind, tiny_fp32, counter):
             assert_close(ours[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.soak
 def test_the_reference_of_adapters_is_compiled_too_and_still_the_model_itself(tiny_fp32, counter):
     policy = Policy(PolicySettings(tiny_fp32, "float32", compile=True, adapter=LoraSettings(rank=4)))
     with torch.no_grad():

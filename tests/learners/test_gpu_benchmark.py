@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.soak
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_learner.py"
 
 
