@@ -138,9 +138,8 @@ def test_updates_under_load_and_a_killed_replica(live: Live) -> None:
         time.sleep(0.5)
         assert set(crowd.codes) == {200}, "no update costs an answer"
         spans_of_all = list(crowd.told)
-        pids = live.pids()
-        assert len(pids) == 2
-        victim = min(pids)
+        wait_for(lambda: len(live.pids()) == 2, 30)  # Under load one may be asked by chance all the time.
+        victim = min(live.pids())
         os.kill(victim, signal.SIGKILL)
         wait_for(lambda: not psutil.pid_exists(victim), 10)
         answered = crowd.codes[200]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from ray.exceptions import RayActorError
 
 from rollcast.chat import ChatCodec
 from rollcast.episode import EpisodeLimits
@@ -223,7 +224,11 @@ def test_the_death_of_the_agent_at_home_is_the_learners(ray_cluster: str) -> Non
     handle = store.handle(policy_specs(TENSORS))
     arena = Arena(store.folder, policy_specs(TENSORS))
     weights = published(arena, 0, store.home)
-    ray.kill(store.agents[store.home])
+    agent = store.agents[store.home]
+    ray.kill(agent)
+    with pytest.raises(RayActorError):  # It dies a moment later.
+        while True:
+            ray.get(agent.folder_path.remote(), timeout=30)
     with pytest.raises(LearnerLost, match=store.home[:8]):
         store.free(0)
     with pytest.raises(WeightsMissing, match="agent of the store is gone"):
