@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from measuring import finish
 
-from rollcast_learners.arena import Arena, examine, one_thread_each, open_tensors, policy_specs, validate
+from rollcast_learners.arena import Arena, one_thread_each, open_tensors, policy_specs
+from rollcast_learners.segments import examine, validate
 from rollcast_learners.types import Sampling, Weights
 
 ANSWERS = 64

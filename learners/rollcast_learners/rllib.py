@@ -36,11 +36,12 @@ from ray.rllib.utils.actor_manager import CallResult
 from torch import Tensor
 
 from rollcast_learners import sharding, state
-from rollcast_learners.arena import Arena, TensorSpec, policy_specs
+from rollcast_learners.arena import Arena, policy_specs
 from rollcast_learners.batch import Batch
 from rollcast_learners.errors import LearnerLost
 from rollcast_learners.learner import PolicyLearner, StepResult
 from rollcast_learners.policy import Outputs, Policy, PolicySettings, Reference
+from rollcast_learners.segments import TensorSpec
 from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
 from rollcast_learners.supervised import SupervisedLearner
 from rollcast_learners.types import Probe, TensorEntry

@@ -23,9 +23,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rollcast_learners import adapters, sharding
-from rollcast_learners.arena import TensorSpec, layout
 from rollcast_learners.learner import PolicyLearner
 from rollcast_learners.optimizer import MasterAdamW
+from rollcast_learners.segments import TensorSpec, layout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 POLICY, HEAD = "lm.", "value_head."

@@ -214,7 +214,7 @@ def read_published(folder: Path) -> Weights:
     except (KeyError, TypeError, ValueError) as error:
         why = f"Its manifest.json cannot be read: {type(error).__name__}: {error}"
         raise RunFailed(f"{folder} is damaged.", why, f"Remove {folder} and run the same command again.") from error
-    from rollcast_learners.arena import segment_name
+    from rollcast_learners.segments import segment_name
 
     count = 1 + max(entry.segment for entry in entries)
     return Weights(kind, version, entries, tuple(segment_name(version, i) for i in range(count)), "", str(folder))
@@ -225,7 +225,8 @@ def _entry(row: dict[str, Any]) -> TensorEntry:
 
 
 def _published_tensors(weights: Weights) -> dict[str, Any]:
-    from rollcast_learners.arena import InvalidWeights, TensorSpec, open_tensors, validate
+    from rollcast_learners.arena import open_tensors
+    from rollcast_learners.segments import InvalidWeights, TensorSpec, validate
 
     try:
         validate(weights, weights.folder, [TensorSpec(e.name, e.dtype, e.shape) for e in weights.manifest])
@@ -265,7 +266,7 @@ def _describe(base: Path, folder: Path) -> None:
 
 def _dtype_of(path: Path) -> str:
     """Of most bytes: some models keep a few tensors wider."""
-    from rollcast_learners.arena import NAMES
+    from rollcast_learners.segments import NAMES
 
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))

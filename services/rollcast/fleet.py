@@ -31,7 +31,7 @@ from rollcast.prompts import PromptStream
 from rollcast.runner import Placed, Played, RolloutRunner, WorkerSpec
 from rollcast.weights import Store
 from rollcast.worker import Occupation
-from rollcast_learners.arena import TensorSpec
+from rollcast_learners.segments import TensorSpec
 from rollcast_learners.types import Prompt, Sampling, Trajectory, Weights
 
 PING_EVERY_S = 5.0

@@ -33,11 +33,11 @@ from rollcast.session import Session
 from rollcast.staffing import Staffing
 from rollcast.weights import Store
 from rollcast_learners.algorithms import OVER_GROUPS
-from rollcast_learners.arena import NonFiniteWeights
 from rollcast_learners.batch import collate
 from rollcast_learners.learner import StepResult
 from rollcast_learners.policy import PolicySettings
 from rollcast_learners.rllib import LearnerSpec
+from rollcast_learners.segments import NonFiniteWeights
 from rollcast_learners.types import Sampling, Weights
 
 T = TypeVar("T")

@@ -1,7 +1,7 @@
 """The weight store: published policies in node-local shared memory, pulled by version.
 
 Owns: the folder on each node, who reads which version, the copy to another node, and what is removed when. Does not
-know how a policy is learned, validated in detail (`arena.py`) or loaded into an engine.
+know how a policy is learned, validated in detail (`segments.py`) or loaded into an engine.
 
 Each node has one agent, an actor that lives with the trainer. The learner writes a version once into the agent's folder
 on its node; readers there map those very files. On another node the agent fetches the bytes once through Ray's object
@@ -36,7 +36,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rollcast.engine_traces import sweep_dead
 from rollcast.intake import WeightsMissing, WeightsRefused
-from rollcast_learners.arena import (
+from rollcast_learners.errors import LearnerLost
+from rollcast_learners.segments import (
     InvalidWeights,
     TensorSpec,
     private_files,
@@ -45,7 +46,6 @@ from rollcast_learners.arena import (
     validate,
     versions_in,
 )
-from rollcast_learners.errors import LearnerLost
 from rollcast_learners.types import Weights
 
 SHARED_MEMORY = Path("/dev/shm")

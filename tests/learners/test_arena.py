@@ -12,17 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rollcast_learners.arena import (
-    DTYPES,
-    Arena,
-    InvalidWeights,
-    NonFiniteWeights,
-    TensorSpec,
-    is_finite,
-    open_tensors,
-    policy_specs,
-    validate,
-)
+from rollcast_learners.arena import Arena, open_tensors, policy_specs
+from rollcast_learners.segments import DTYPES, InvalidWeights, NonFiniteWeights, TensorSpec, is_finite, validate
 from rollcast_learners.types import TensorEntry, Weights
 from tiny_model import write_tiny_model
 
@@ -186,10 +177,10 @@ def test_non_finite_weights_are_not_published(
 def test_the_scan_agrees_with_torch(name: str) -> None:
     dtype = DTYPES[name]
     bits = torch.from_numpy(np.random.default_rng(0).integers(0, 256, 1 << 16, dtype=np.uint8))
-    for value, content in zip(bits.view(dtype.torch), bits.view(-1, dtype.itemsize), strict=True):
+    for value, content in zip(bits.view(getattr(torch, name)), bits.view(-1, dtype.itemsize), strict=True):
         assert is_finite(content.numpy(), dtype) == bool(torch.isfinite(value)), value
-    limits = torch.finfo(dtype.torch)
-    edges = torch.tensor([limits.max, limits.min, limits.tiny, -0.0, 0.0], dtype=dtype.torch)
+    limits = torch.finfo(getattr(torch, name))
+    edges = torch.tensor([limits.max, limits.min, limits.tiny, -0.0, 0.0], dtype=getattr(torch, name))
     assert is_finite(edges.view(torch.uint8).numpy(), dtype)
 
 

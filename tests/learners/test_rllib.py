@@ -14,7 +14,6 @@ from ray import cloudpickle
 from ray.rllib.core import DEFAULT_MODULE_ID
 
 from learner_groups import assert_equal, batch_of, one_group, published
-from rollcast_learners.arena import NonFiniteWeights
 from rollcast_learners.batch import collate, nbytes
 from rollcast_learners.errors import LearnerLost
 from rollcast_learners.learner import PolicyLearner, one_learner
@@ -30,6 +29,7 @@ from rollcast_learners.rllib import (
     opaque,
     wrap,
 )
+from rollcast_learners.segments import NonFiniteWeights
 from rollcast_learners.settings import CorrectionSettings, KLSettings, LearnerSettings
 from trajectories import answer
 

@@ -15,8 +15,9 @@ from rollcast.episode import EpisodeLimits
 from rollcast.sampler import ScriptedSampler
 from rollcast.weights import NodeAgent, Store, StoreHandle, WeightsMissing, WeightsRefused, sweep_abandoned
 from rollcast.worker import RolloutWorker
-from rollcast_learners.arena import Arena, policy_specs, validate
+from rollcast_learners.arena import Arena, policy_specs
 from rollcast_learners.errors import LearnerLost
+from rollcast_learners.segments import validate
 from rollcast_learners.types import Prompt, Sampling, Weights
 
 TENSORS = {

@@ -46,7 +46,7 @@ class Source(Protocol):
 
 async def pull_from_folder(weights: Weights) -> str:
     """Validates the files of a policy where they lie. Raises `WeightsRefused`."""
-    from rollcast_learners.arena import InvalidWeights, TensorSpec, validate
+    from rollcast_learners.segments import InvalidWeights, TensorSpec, validate
 
     specs = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in weights.manifest]
     try:
