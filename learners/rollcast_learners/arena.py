@@ -167,7 +167,8 @@ class Arena:
             for spec, offset in zip(layout.specs, layout.offsets, strict=True)
         ]
         digests = {}
-        for (spec, _), (hexadecimal, finite) in zip(parts, examine(parts, digest, scan), strict=True):
+        examined = examine(parts, digest, scan, torch.get_num_threads())
+        for (spec, _), (hexadecimal, finite) in zip(parts, examined, strict=True):
             if not finite:
                 raise NonFiniteWeights(spec.name)
             digests[spec.name] = hexadecimal

@@ -168,21 +168,26 @@ def validate(weights: Weights, folder: str | Path, expected: Sequence[TensorSpec
         raise InvalidWeights(problems)
 
 
-def examine(parts: Sequence[tuple[TensorSpec, Bytes]], digest: bool, scan: bool) -> Iterator[tuple[str, bool]]:
-    """For each tensor its digest (empty without `digest`) and whether it is finite (true without `scan`)."""
+def examine(
+    parts: Sequence[tuple[TensorSpec, Bytes]], digest: bool, scan: bool, threads: int | None = None
+) -> Iterator[tuple[str, bool]]:
+    """For each tensor its digest (empty without `digest`) and whether it is finite (true without `scan`).
+
+    On as many `threads` as this process may use, unless told.
+    """
 
     def one(part: tuple[TensorSpec, Bytes]) -> tuple[str, bool]:
         spec, content = part
         return _examine_bytes(content, DTYPES[spec.dtype] if scan else None, digest)
 
-    with ThreadPoolExecutor(_threads()) as pool:
+    with ThreadPoolExecutor(min(threads or _threads(), MAX_THREADS)) as pool:
         yield from pool.map(one, parts)
 
 
 def _threads() -> int:
-    """As many as torch would take: Ray tells each process its share in OMP_NUM_THREADS."""
+    """This process's share, which Ray tells it in OMP_NUM_THREADS, or every processor."""
     told = os.environ.get("OMP_NUM_THREADS", "")
-    return min(int(told) if told.isdecimal() and int(told) else len(os.sched_getaffinity(0)), MAX_THREADS)
+    return (int(told) if told.isdecimal() else 0) or len(os.sched_getaffinity(0))
 
 
 def _examine_bytes(content: Bytes, dtype: DType | None, digest: bool) -> tuple[str, bool]:
