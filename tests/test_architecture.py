@@ -99,17 +99,17 @@ def test_package_files_import_nothing(package: str) -> None:
 
 def test_plain_parts_load_neither_torch_nor_ray_nor_an_engine() -> None:
     modules = ["rollcast_learners.types", "rollcast_learners.batch", *(f"rollcast.{part}" for part in PLAIN)]
-    assert loaded_by(modules, HEAVY) == "[]"
+    assert heavy_in(modules) == "[]"
 
 
 def test_the_small_actors_load_ray_alone() -> None:
     """The control of a run, and the weight agent of each node."""
-    assert loaded_by(["rollcast.control", "rollcast.weights"], HEAVY) == "['ray']"
+    assert heavy_in(["rollcast.control", "rollcast.weights"]) == "['ray']"
 
 
-def loaded_by(modules: list[str], heavy: tuple[str, ...]) -> str:
-    """Which of `heavy` a fresh process holds after it imported `modules`."""
-    script = f"import sys, {', '.join(modules)}; print(sorted(set({heavy}) & set(sys.modules)))"
+def heavy_in(modules: list[str]) -> str:
+    """Which of `HEAVY` a fresh process holds after it imported `modules`."""
+    script = f"import sys, {', '.join(modules)}; print(sorted(set({HEAVY}) & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={"PYTHONPATH": ":".join(str(ROOT / root) for root in PACKAGES.values()), "PATH": ""},

@@ -226,10 +226,10 @@ def _entry(row: dict[str, Any]) -> TensorEntry:
 
 def _published_tensors(weights: Weights) -> dict[str, Any]:
     from rollcast_learners.arena import open_tensors
-    from rollcast_learners.segments import InvalidWeights, TensorSpec, validate
+    from rollcast_learners.segments import InvalidWeights, spec_of, validate
 
     try:
-        validate(weights, weights.folder, [TensorSpec(e.name, e.dtype, e.shape) for e in weights.manifest])
+        validate(weights, weights.folder, [spec_of(entry) for entry in weights.manifest])
     except InvalidWeights as error:
         raise RunFailed(
             f"{weights.folder} is damaged.", str(error), "There is no other copy of this policy."

@@ -31,7 +31,7 @@ from rollcast.prompts import PromptStream
 from rollcast.runner import Placed, Played, RolloutRunner, WorkerSpec
 from rollcast.weights import Store
 from rollcast.worker import Occupation
-from rollcast_learners.segments import TensorSpec
+from rollcast_learners.segments import spec_of
 from rollcast_learners.types import Prompt, Sampling, Trajectory, Weights
 
 PING_EVERY_S = 5.0
@@ -103,7 +103,7 @@ class Fleet:
         self.store = store
         self.sampling = sampling
         self.weights = weights
-        self.tensors = tuple(TensorSpec(e.name, e.dtype, e.shape) for e in weights.manifest)
+        self.tensors = tuple(spec_of(entry) for entry in weights.manifest)
         self.wanted = 0
         self.restarts = 0
         self.notices: list[str] = []

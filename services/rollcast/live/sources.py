@@ -46,9 +46,9 @@ class Source(Protocol):
 
 async def pull_from_folder(weights: Weights) -> str:
     """Validates the files of a policy where they lie. Raises `WeightsRefused`."""
-    from rollcast_learners.segments import InvalidWeights, TensorSpec, validate
+    from rollcast_learners.segments import InvalidWeights, spec_of, validate
 
-    specs = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in weights.manifest]
+    specs = [spec_of(entry) for entry in weights.manifest]
     try:
         await asyncio.to_thread(validate, weights, weights.folder, specs)
     except (InvalidWeights, OSError) as error:
